@@ -1,0 +1,2 @@
+//! `liveblk`.
+fn main() {}

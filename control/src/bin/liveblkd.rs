@@ -1,0 +1,2 @@
+//! `liveblkd`.
+fn main() {}
