@@ -179,7 +179,7 @@ class Daemon:
             value = await asyncio.wait_for(
                 self.client.execute(name, arguments or None), timeout)
         except ExecuteError as refused:
-            kind, desc = refused.error_class, refused.error.desc
+            kind, desc = refused.error_class, str(refused)
             self.record.append(("error", name, (kind, desc)))
             raise Refused(name, kind, desc) from None
         self.record.append(("reply", name, value))
