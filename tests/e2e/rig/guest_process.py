@@ -2,7 +2,7 @@
 
 It is started by rig.guest and speaks JSON lines on stdin/stdout. It knows for every block what it
 must read back; a wrong read is reported with place and expectation and is never forgotten.
-Commands: run (random or alternating writes), stop, wait, flush, verify, dump, trim-free exit.
+Commands: run (random or alternating writes), stop, wait, state, flush, verify, dump, exit.
 For a given seed the sequence of writes is the same whatever the timing: a write that would overlap
 one in flight waits for it instead of choosing another place.
 """
@@ -60,6 +60,7 @@ class Guest:
         self.waiting = None
         self.lost = None
         self.alternating = False
+        self.own = None
 
     # -- the controller -------------------------------------------------------------------------
     def answer(self, **values):
@@ -72,7 +73,9 @@ class Guest:
         if op == "run":
             self.plan = dict({"count": None, "rate": 1500, "depth": 8, "zeroes": 0.04,
                               "fua": 0.02, "flush_every": 64, "region": None, "max_run": 8,
-                              "tolerate": []}, **command)
+                              "shared": False}, **command)
+            # where others write too, only the own region can be known
+            self.own = self.plan["region"] if self.plan["shared"] else None
             self.plan["start"] = self.seq
             self.alternating = command.get("alternate", False)
             self.next_due = time.monotonic()
@@ -197,7 +200,8 @@ class Guest:
 
     def check_one(self, disk):
         """Reads a random quiet block and compares it with the model when it arrives."""
-        block = self.checks.randrange(disk.blocks)
+        low, high = self.own or (0, disk.blocks)
+        block = self.checks.randrange(low, high)
         if block in disk.busy or block not in disk.model:
             return
         if self.writes and self.checks.random() < 0.7:
@@ -241,8 +245,9 @@ class Guest:
             for first in range(0, disk.blocks, step):
                 count = min(step, disk.blocks - first)
                 data = disk.h.pread(count * BLOCK, first * BLOCK)
+                low, high = self.own or (0, disk.blocks)
                 for i in range(count):
-                    if first + i in disk.model:
+                    if first + i in disk.model and low <= first + i < high:
                         self.compare(disk, first + i, disk.model[first + i],
                                      data[i * BLOCK:(i + 1) * BLOCK])
 
