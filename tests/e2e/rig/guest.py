@@ -173,7 +173,7 @@ def prove_cut(log, images, t1, t2, filled=0):
                     f"disk {disk} block {block} holds write {found}; the cut allows "
                     f"{[value for value, _ in allowed]} (writes of the block: "
                     f"{[w[0] for w in history]}, acknowledged before the cut up to index {floor})")
-            if len(matches) > 1 or found is None:
+            if len(matches) > 1:
                 continue
             at = matches[0]
             if at >= 0 and history[at][1] > newest_inside[0]:

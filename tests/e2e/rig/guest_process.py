@@ -73,7 +73,7 @@ class Guest:
         if op == "run":
             self.plan = dict({"count": None, "rate": 1500, "depth": 8, "zeroes": 0.04,
                               "fua": 0.02, "flush_every": 64, "region": None, "max_run": 8,
-                              "shared": False}, **command)
+                              "shared": False, "check": True}, **command)
             # where others write too, only the own region can be known
             self.own = self.plan["region"] if self.plan["shared"] else None
             self.plan["start"] = self.seq
@@ -177,7 +177,7 @@ class Guest:
         every = self.plan["flush_every"]
         if every and seq % every == 0:
             self.flush(disk)
-        if seq % 4 == 0 and not self.alternating:
+        if seq % 4 == 0 and self.plan["check"] and not self.alternating:
             self.check_one(disk)
         return True
 
