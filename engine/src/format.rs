@@ -1,0 +1,392 @@
+//! What an image format owes the engine, and what the engine owes a format.
+//!
+//! A format resolves guest addresses to host addresses and keeps the metadata; it never moves
+//! guest data. One place moves bytes: `node::transfer`. Everything that a request needs on the hot
+//! path is synchronous in memory; what needs I/O answers [`Mapping::Miss`] / [`WriteStep::Miss`] and
+//! is loaded by [`Format::load`], after which the request asks again.
+//!
+//! Duties of the engine (caller):
+//! 1. It holds the [`Lease`] of a resolve until the last I/O that used it is complete.
+//! 2. Two overlapping writes, zeroes or discards are never in flight together (node claims, byte
+//!    granularity); disjoint writes to one cluster may be.
+//! 3. A [`WriteGuard`] is completed only after the data (and the copy-on-write fill) was written,
+//!    and dropped only after the last completion of that I/O.
+//!
+//! Duties of the format (implementer):
+//! 1. A cluster handed out by `begin_write` is referenced by nobody else until the guard ends;
+//!    readers see the old mapping until `complete`. Dropping the guard gives the clusters back.
+//! 2. The second writer of a cluster whose first write is pending gets [`WriteStep::Wait`].
+//! 3. A freed cluster is handed out again only when its unlink is durable and every older lease is
+//!    gone (see [`crate::lease`]).
+//! 4. `flush` makes data written before it and all completed mappings durable, in the format's order
+//!    rules. Cache fills and write-backs are tasks of the image: dropping a caller's future never
+//!    stops one half-way.
+//! 5. Nothing panics on any content of the file.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::rc::Rc;
+
+use smallvec::SmallVec;
+
+use crate::address::{GuestOffset, GuestRange, HostOffset};
+use crate::error::Result;
+use crate::executor::Core;
+use crate::lease::Lease;
+use crate::storage::Storage;
+
+/// A boxed future that stays on its core; only for paths that are not per-request hot.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// Names something that must be loaded before a resolve can go on (format-defined).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MissId(pub u64);
+
+/// What a piece of the guest address space is mapped to in one layer.
+#[derive(Clone, Debug)]
+pub enum Mapping {
+    /// Data at this offset of the layer's data storage.
+    Data(HostOffset),
+    /// A compressed cluster; `Format::read_compressed` yields its bytes.
+    Compressed,
+    /// Reads as zeroes, here and in no layer below.
+    Zero,
+    /// Not in this layer: the next one decides (zeroes below the last).
+    Absent,
+    /// Not known without loading a table; nothing is known of the extents that follow.
+    Miss(MissId),
+    /// The metadata is damaged here; reading gives this error, the rest of the image goes on.
+    Damaged(crate::Error),
+}
+
+/// A run of guest bytes with one mapping.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// Where they are.
+    pub mapping: Mapping,
+}
+
+/// The answer of a resolve: extents that cover the range in order (neighbours that continue each
+/// other merged), up to and including the first miss.
+pub type Extents = SmallVec<[Extent; 8]>;
+
+/// Where the bytes come from that a first write to a cluster does not bring itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// From the layers below (zeroes beyond their end).
+    Below,
+    /// Zeroes.
+    Zero,
+    /// From this offset (the start of the old cluster) of the same layer's storage.
+    Old(HostOffset),
+    /// The old bytes of this (compressed) cluster, by `Format::read_compressed`.
+    OldCompressed,
+}
+
+/// A write that may go ahead now.
+#[derive(Debug)]
+pub struct WritePiece {
+    /// Bytes of the request, from its start, that this piece covers.
+    pub len: u64,
+    /// Where those bytes go in the layer's data storage.
+    pub host: HostOffset,
+    /// Bytes before the request's start that must be filled so that the allocation is whole.
+    pub head: u64,
+    /// Bytes after the piece that must be filled.
+    pub tail: u64,
+    /// What head and tail are filled with.
+    pub fill: Fill,
+    /// Makes the mapping visible, or undoes the allocation.
+    pub guard: WriteGuard,
+}
+
+/// What a format answers when a write begins; it covers a prefix of the range.
+#[derive(Debug)]
+pub enum WriteStep {
+    /// Write this piece, then complete its guard.
+    Ready(WritePiece),
+    /// Load this first (tables, refcounts, growth), then ask again.
+    Miss(MissId),
+    /// Another write is allocating this cluster: wait for it (`Format::pending`), then ask again.
+    Wait(MissId),
+}
+
+/// What kind of zeroing is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// The range must read as zeroes; clusters stay allocated where they are.
+    Keep,
+    /// The range must read as zeroes; clusters may be given back.
+    Unmap,
+    /// The guest does not need the data: whole clusters may be given back, the rest is untouched.
+    /// What is given back reads as zeroes (never as what the layers below hold).
+    Discard,
+}
+
+/// What a format answers when a zero-write or discard begins; it covers a prefix of the range.
+#[derive(Debug)]
+pub enum ZeroStep {
+    /// The first `len` bytes are done, in metadata alone.
+    Done {
+        /// Bytes of the range's start that are done.
+        len: u64,
+    },
+    /// The first `len` bytes are data at `host` of the layer's storage: zero that storage range
+    /// (by the cheapest means), then complete the guard.
+    Storage {
+        /// Bytes of the range's start concerned.
+        len: u64,
+        /// Where they are.
+        host: HostOffset,
+        /// Ends the step.
+        guard: WriteGuard,
+    },
+    /// Metadata cannot express the first `len` bytes: write explicit zeroes for them (for a
+    /// discard: nothing needs to be done).
+    Write {
+        /// Bytes of the range's start concerned.
+        len: u64,
+    },
+    /// Load this first, then ask again.
+    Miss(MissId),
+    /// Another write is allocating here: wait for it, then ask again.
+    Wait(MissId),
+}
+
+/// What ends a pending write; implemented by formats, called through [`WriteGuard`].
+pub trait WriteEnd {
+    /// The data is in place: publish the mapping `token` in memory.
+    fn complete_write(&self, token: u64);
+    /// The data did not land: forget `token` and give its clusters back.
+    fn abort_write(&self, token: u64);
+}
+
+/// The right and duty to end one piece of a write.
+#[must_use = "complete the guard after the data landed; dropping it undoes the allocation"]
+pub struct WriteGuard {
+    end: Option<(Rc<dyn WriteEnd>, u64)>,
+    _lease: Option<Lease>,
+}
+
+impl WriteGuard {
+    /// A guard for a write in place: nothing to publish, the lease keeps the target allocated.
+    pub fn in_place(lease: Option<Lease>) -> Self {
+        Self { end: None, _lease: lease }
+    }
+
+    /// A guard for the pending allocation `token` of `format`.
+    pub fn pending(format: Rc<dyn WriteEnd>, token: u64, lease: Option<Lease>) -> Self {
+        Self { end: Some((format, token)), _lease: lease }
+    }
+
+    /// The data is written: the mapping becomes visible.
+    pub fn complete(mut self) {
+        if let Some((format, token)) = self.end.take() {
+            format.complete_write(token);
+        }
+    }
+}
+
+impl Drop for WriteGuard {
+    fn drop(&mut self) {
+        if let Some((format, token)) = self.end.take() {
+            format.abort_write(token);
+        }
+    }
+}
+
+impl std::fmt::Debug for WriteGuard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WriteGuard").field("token", &self.end.as_ref().map(|(_, t)| *t)).finish()
+    }
+}
+
+/// An open image: one layer of a chain.
+pub trait Format {
+    /// The driver's name in QMP ("raw", "qcow2").
+    fn driver(&self) -> &'static str;
+
+    /// Virtual size in bytes, now.
+    fn size(&self) -> u64;
+
+    /// Bytes that one allocation covers; 1 where there is no allocation (raw).
+    fn cluster_size(&self) -> u64;
+
+    /// The storage that [`Mapping::Data`] and [`WritePiece::host`] refer to.
+    fn data_storage(&self) -> &Storage;
+
+    /// Maps `range` (inside the virtual size) and takes a lease on what it hands out.
+    fn resolve(&self, range: GuestRange, extents: &mut Extents) -> Option<Lease>;
+
+    /// Loads what a resolve or a step missed. Runs as a task of the image: when the returned future
+    /// is dropped the load still ends.
+    fn load(&self, miss: MissId) -> LocalFuture<'_, Result<()>>;
+
+    /// Reads the decompressed bytes of the cluster at `at` (its start) into a new buffer of
+    /// `cluster_size` bytes.
+    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<crate::buf::Buf>>;
+
+    /// Begins to write `range`; the answer covers a prefix.
+    fn begin_write(&self, range: GuestRange) -> Result<WriteStep>;
+
+    /// Begins to zero or discard `range`; the answer covers a prefix.
+    fn begin_zero(&self, range: GuestRange, mode: ZeroMode) -> Result<ZeroStep>;
+
+    /// Resolves when the pending write behind `wait` has ended.
+    fn pending(&self, wait: MissId) -> LocalFuture<'_, ()>;
+
+    /// Makes everything written and completed so far durable.
+    fn flush(&self) -> LocalFuture<'_, Result<()>>;
+
+    /// Changes the virtual size.
+    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>>;
+
+    /// Makes a read-only image writable or the reverse; on the way to read-only everything is
+    /// flushed and the file is left clean.
+    fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>>;
+
+    /// Facts for queries and jobs.
+    fn info(&self) -> ImageInfo;
+
+    /// Rewrites the reference to the backing file in the header (`None` removes it); durable when
+    /// the future ends. Formats without one answer `Unsupported`.
+    fn set_backing(&self, backing: Option<BackingRef>) -> LocalFuture<'_, Result<()>>;
+
+    /// Flushes and closes in good order; the object is not used afterwards. Errors of deferred
+    /// writes come out here.
+    fn close(&self) -> LocalFuture<'_, Result<()>>;
+}
+
+/// A reference to a backing file as a header holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingRef {
+    /// The string, exactly as stored.
+    pub file: String,
+    /// The format's name, if the header names one.
+    pub format: Option<String>,
+}
+
+/// What queries show about an image.
+#[derive(Clone, Debug, Default)]
+pub struct ImageInfo {
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Cluster size in bytes, if the format has clusters.
+    pub cluster_size: Option<u64>,
+    /// Whether the image is marked dirty.
+    pub dirty: bool,
+    /// The backing reference of the header.
+    pub backing: Option<BackingRef>,
+    /// Format-specific facts by QMP name (for example `compat`, `refcount-bits`).
+    pub specific: Vec<(&'static str, InfoValue)>,
+}
+
+/// A value of [`ImageInfo::specific`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InfoValue {
+    /// A text.
+    Text(String),
+    /// A number.
+    Number(u64),
+    /// A truth value.
+    Flag(bool),
+}
+
+/// Which files an image's header may make the engine open (DESIGN.md, "qcow2 order rules").
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReferencePolicy {
+    /// Only what the caller names; header references are not followed.
+    Explicit,
+    /// Regular files in the image's own folder or below it, or below one of these folders.
+    SameDir {
+        /// Further folders that are allowed.
+        allow: Vec<PathBuf>,
+    },
+    /// Any regular file or block device by plain path.
+    Any,
+}
+
+/// How an image is opened by a [`Driver`].
+#[derive(Clone)]
+pub struct OpenImage {
+    /// The core that will own it.
+    pub core: Core,
+    /// The file that holds it.
+    pub storage: Storage,
+    /// The file's name, for messages and for relative references.
+    pub filename: PathBuf,
+    /// Whether guest writes will be allowed.
+    pub writable: bool,
+    /// For raw: the virtual disk starts here …
+    pub raw_offset: u64,
+    /// … and has this many bytes (default: to the end of the file).
+    pub raw_size: Option<u64>,
+}
+
+/// What a [`Driver`] is asked to create.
+#[derive(Clone, Debug)]
+pub struct CreateImage {
+    /// Virtual size in bytes (multiple of 512).
+    pub size: u64,
+    /// Backing reference to store, unvalidated.
+    pub backing: Option<BackingRef>,
+    /// Bytes per cluster; the format's default if absent.
+    pub cluster_size: Option<u64>,
+}
+
+/// A format by name: opens and creates images. Registered in a [`Registry`].
+pub trait Driver: Send + Sync {
+    /// The name in QMP.
+    fn name(&self) -> &'static str;
+
+    /// Whether overlays of this format can have a backing file.
+    fn supports_backing(&self) -> bool;
+
+    /// Opens the image in `open.storage`.
+    fn open(&self, open: OpenImage) -> LocalFuture<'static, Result<Rc<dyn Format>>>;
+
+    /// Writes a new image into `storage` (empty or to be overwritten) and makes it durable.
+    fn create(
+        &self,
+        core: Core,
+        storage: Storage,
+        create: CreateImage,
+    ) -> LocalFuture<'static, Result<()>>;
+}
+
+/// The formats that an engine knows, by name.
+#[derive(Clone, Default)]
+pub struct Registry {
+    drivers: Vec<std::sync::Arc<dyn Driver>>,
+}
+
+impl Registry {
+    /// No formats.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds `driver`; a second one of the same name wins.
+    pub fn register(&mut self, driver: std::sync::Arc<dyn Driver>) {
+        self.drivers.retain(|known| known.name() != driver.name());
+        self.drivers.push(driver);
+    }
+
+    /// The format called `name`.
+    pub fn find(&self, name: &str) -> Option<std::sync::Arc<dyn Driver>> {
+        self.drivers.iter().find(|driver| driver.name() == name).cloned()
+    }
+
+    /// The names, in order of registration.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.drivers.iter().map(|driver| driver.name())
+    }
+}
+
+/// Whether `path` lies in `folder` or below it (both as given, no file system access).
+pub fn lies_below(path: &Path, folder: &Path) -> bool {
+    path.starts_with(folder)
+}

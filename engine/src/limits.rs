@@ -1,0 +1,46 @@
+//! Every bound of the engine, by name: full means back-pressure or an error, never growth.
+
+/// Sizes of pool blocks in bytes; a buffer takes the smallest that fits.
+pub const BUF_CLASSES: [usize; 5] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, BUF_MAX_BLOCK];
+
+/// The largest block in bytes; longer buffers are lists of these.
+pub const BUF_MAX_BLOCK: usize = 1 << 20;
+
+/// Bytes of one arena (and its alignment, so that huge pages can back it).
+pub const ARENA_BYTES: usize = 2 << 20;
+
+/// Entries of the submission queue of a core's ring.
+pub const RING_ENTRIES: u32 = 1024;
+
+/// Entries of the completion queue of a core's ring.
+pub const RING_COMPLETIONS: u32 = 4096;
+
+/// io-wq workers per ring for bounded work.
+pub const IO_WORKERS: u32 = 4;
+
+/// Threads of the blocking pool of an engine.
+pub const BLOCKING_THREADS: usize = 4;
+
+/// Tasks that one loop turn runs before it looks at completions.
+pub const TURN_TASKS: usize = 256;
+
+/// Background tasks among them.
+pub const TURN_BACKGROUND_TASKS: usize = 32;
+
+/// Bytes that one loop turn moves inline for memory-backed files beyond small guest pieces.
+pub const TURN_INLINE_BYTES: usize = 512 << 10;
+
+/// Largest inline piece in bytes: one that stays in the cache.
+pub const INLINE_PIECE: usize = 64 << 10;
+
+/// The longest chain of backing files that opens.
+pub const CHAIN_DEPTH: usize = 256;
+
+/// Nanoseconds after which a cut gives up waiting for requests in flight.
+pub const CUT_DEADLINE_NS: u64 = 30_000_000_000;
+
+/// The longest node name in bytes.
+pub const NODE_NAME_MAX: usize = 31;
+
+/// The largest read, write or copy in one request, in bytes.
+pub const REQUEST_MAX: u64 = 32 << 20;

@@ -1,0 +1,140 @@
+//! Storage in memory: for tests, for embedders without files, and as the smallest implementation.
+//!
+//! Pages are allocated when first written; everything else reads as zeroes. Operations take effect
+//! at the call. A fault can be planted: from the N-th write on, an errno.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use super::file::IoFuture;
+use crate::buf::Buf;
+use crate::error::{Error, Result};
+
+const PAGE: u64 = 4096;
+
+/// Bytes in memory with a size.
+#[derive(Debug, Default)]
+pub struct Memory {
+    pages: RefCell<BTreeMap<u64, Box<[u8; PAGE as usize]>>>,
+    size: Cell<u64>,
+    /// Writes until the planted fault, and its errno.
+    fault: Cell<Option<(u64, i32)>>,
+}
+
+impl Memory {
+    /// `size` zero bytes.
+    pub fn new(size: u64) -> Rc<Self> {
+        let memory = Self::default();
+        memory.size.set(size);
+        Rc::new(memory)
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size.get()
+    }
+
+    /// After `writes` more writes every write fails with `errno`; `None` heals.
+    pub fn plant_fault(&self, fault: Option<(u64, i32)>) {
+        self.fault.set(fault);
+    }
+
+    /// Reads into `buf`.
+    pub fn read(&self, offset: u64, buf: &Buf) -> IoFuture {
+        let pages = self.pages.borrow();
+        each_page(offset, buf.len(), |page, within, at, len| match pages.get(&page) {
+            Some(bytes) => {
+                buf.copy_from(at, bytes.get(within..within + len).unwrap_or_default());
+            }
+            None => buf.slice(at..at + len).fill(0),
+        });
+        IoFuture::ready(Ok(()))
+    }
+
+    /// Writes `buf`, growing if needed.
+    pub fn write(&self, offset: u64, buf: &Buf) -> IoFuture {
+        IoFuture::ready(self.check_fault("write").map(|()| {
+            let mut pages = self.pages.borrow_mut();
+            each_page(offset, buf.len(), |page, within, at, len| {
+                let bytes = pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
+                if let Some(target) = bytes.get_mut(within..within + len) {
+                    buf.copy_to(at, target);
+                }
+            });
+            self.size.set(self.size.get().max(offset + buf.len() as u64));
+        }))
+    }
+
+    /// Zeroes a range, growing if needed.
+    ///
+    /// # Errors
+    /// A planted fault.
+    pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_fault("write zeroes")?;
+        let len_here = usize::try_from(len).map_err(|_| Error::os(libc::EFBIG, "write zeroes"))?;
+        let mut pages = self.pages.borrow_mut();
+        each_page(offset, len_here, |page, within, _, part| {
+            if let Some(target) =
+                pages.get_mut(&page).and_then(|bytes| bytes.get_mut(within..within + part))
+            {
+                target.fill(0);
+            }
+        });
+        self.size.set(self.size.get().max(offset.saturating_add(len)));
+        Ok(())
+    }
+
+    /// Grows to at least `size`.
+    ///
+    /// # Errors
+    /// A planted fault.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        self.check_fault("allocate")?;
+        self.size.set(self.size.get().max(size));
+        Ok(())
+    }
+
+    /// Sets the size.
+    ///
+    /// # Errors
+    /// A planted fault.
+    pub fn truncate(&self, size: u64) -> Result<()> {
+        self.check_fault("truncate")?;
+        if size < self.size.get() {
+            let mut pages = self.pages.borrow_mut();
+            drop(pages.split_off(&size.div_ceil(PAGE)));
+            let within = usize::try_from(size % PAGE).expect("invariant: below a page");
+            if let Some(tail) =
+                pages.get_mut(&(size / PAGE)).and_then(|bytes| bytes.get_mut(within..))
+            {
+                tail.fill(0);
+            }
+        }
+        self.size.set(size);
+        Ok(())
+    }
+
+    fn check_fault(&self, op: &'static str) -> Result<()> {
+        match self.fault.get() {
+            Some((0, errno)) => Err(Error::os(errno, op)),
+            Some((writes, errno)) => {
+                self.fault.set(Some((writes - 1, errno)));
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Calls `visit(page, offset in page, position, len)` for each piece of the range.
+fn each_page(offset: u64, len: usize, mut visit: impl FnMut(u64, usize, usize, usize)) {
+    let mut at = 0;
+    while at < len {
+        let position = offset + at as u64;
+        let within = usize::try_from(position % PAGE).expect("invariant: below a page");
+        let part = (len - at).min(PAGE as usize - within);
+        visit(position / PAGE, within, at, part);
+        at += part;
+    }
+}
