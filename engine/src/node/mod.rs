@@ -1,0 +1,38 @@
+//! Nodes: images that can be read and written, and the requests on them.
+//!
+//! Order of one write, write-zeroes or discard on a node:
+//! 1. throttle (none yet);
+//! 2. gate: requests of external origin wait while a cut runs, and find out afterwards which node
+//!    their attachment points to;
+//! 3. node claim on the byte range, in order of arrival;
+//! 4. pre-hooks (copy-before-write, durable intent), which may wait;
+//! 5. data: copy-on-write fill and the bytes themselves;
+//! 6. mapping: the format's guard is completed;
+//! 7. post-hooks (dirty bits), synchronous, also after a failure;
+//! 8. claim released, answer.
+//!
+//! A request is a task of its node: callers hold a receipt, and dropping it cancels nothing.
+
+mod attachment;
+mod gate;
+mod hooks;
+mod object;
+mod path;
+mod plain;
+mod request;
+mod status;
+mod transfer;
+mod users;
+
+pub use attachment::Disk;
+pub use hooks::{HookId, WriteHook};
+pub use object::{Node, NodeId, NodeOptions};
+pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
+pub use status::{StatusExtent, StatusKind};
+pub use users::{Conflict, Permissions, Role, User, UserGuard};
+
+pub(crate) use attachment::Attachment;
+pub(crate) use gate::Gate;
+pub(crate) use object::NodeParts;
+pub(crate) use path::Path;
+pub(crate) use plain::Plain;

@@ -1,0 +1,306 @@
+//! The node object: an open image with its compiled path, gate, claims, hooks and users.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+
+use super::attachment::Attachment;
+use super::gate::Gate;
+use super::hooks::{HookId, Hooks, WriteHook};
+use super::path::Path;
+use super::users::Users;
+use crate::buf::Buf;
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::{Core, JoinHandle};
+use crate::format::{Format, ImageInfo};
+use crate::node::request::{self, Origin, Receipt, WriteFlags, ZeroFlags};
+use crate::node::status::StatusExtent;
+use crate::ranges::RangeLocks;
+use crate::storage::{LockRequest, Storage};
+
+/// Names a node for good; never reused within an engine core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u64);
+
+/// Options of a node that requests and queries look at.
+#[derive(Clone, Debug, Default)]
+pub struct NodeOptions {
+    /// Pass discards on (QMP `discard=unmap`); otherwise they succeed without effect.
+    pub discard_unmap: bool,
+    /// Bypass the page cache (QMP `cache.direct`).
+    pub direct: bool,
+    /// Ignore flushes (QMP `cache.no-flush`).
+    pub no_flush: bool,
+}
+
+/// What a node is made of.
+pub(crate) struct NodeParts {
+    pub(crate) id: NodeId,
+    pub(crate) name: Rc<str>,
+    pub(crate) format: Rc<dyn Format>,
+    pub(crate) filename: String,
+    pub(crate) options: NodeOptions,
+    pub(crate) writable: bool,
+    pub(crate) monitor_owned: bool,
+    pub(crate) file: Option<Rc<Node>>,
+    pub(crate) backing: Option<Rc<Node>>,
+}
+
+/// An open image (or protocol file) in the graph of its home core.
+pub struct Node {
+    core: Core,
+    id: NodeId,
+    name: Rc<str>,
+    format: Rc<dyn Format>,
+    filename: RefCell<String>,
+    options: NodeOptions,
+    writable: Cell<bool>,
+    monitor_owned: Cell<bool>,
+    file: RefCell<Option<Rc<Node>>>,
+    backing: RefCell<Option<Rc<Node>>>,
+    path: RefCell<Rc<Path>>,
+    pub(super) gate: Rc<Gate>,
+    pub(super) claims: Rc<RangeLocks>,
+    pub(super) hooks: Hooks,
+    pub(super) users: Users,
+    pub(super) attachments: RefCell<Vec<Weak<Attachment>>>,
+}
+
+impl Node {
+    pub(crate) fn new(core: &Core, parts: NodeParts) -> Rc<Self> {
+        let below = parts.backing.as_ref().map(|backing| backing.path());
+        let path = Path::compile(Rc::clone(&parts.format), below.as_deref());
+        Rc::new(Self {
+            core: core.clone(),
+            id: parts.id,
+            name: parts.name,
+            format: parts.format,
+            filename: RefCell::new(parts.filename),
+            options: parts.options,
+            writable: Cell::new(parts.writable),
+            monitor_owned: Cell::new(parts.monitor_owned),
+            file: RefCell::new(parts.file),
+            backing: RefCell::new(parts.backing),
+            path: RefCell::new(path),
+            gate: Gate::new(core),
+            claims: RangeLocks::new(core),
+            hooks: Hooks::new(),
+            users: Users::default(),
+            attachments: RefCell::default(),
+        })
+    }
+
+    /// The home core.
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
+    /// The node's identity.
+    pub fn id(&self) -> NodeId {
+        self.id
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> Rc<str> {
+        Rc::clone(&self.name)
+    }
+
+    /// The driver's name in QMP.
+    pub fn driver(&self) -> &'static str {
+        self.format.driver()
+    }
+
+    /// The file that holds the image, as it was named when it was opened.
+    pub fn filename(&self) -> String {
+        self.filename.borrow().clone()
+    }
+
+    /// The image file was renamed (a new image got its final name).
+    pub fn set_filename(&self, filename: &str) {
+        filename.clone_into(&mut self.filename.borrow_mut());
+    }
+
+    /// Virtual size in bytes, now.
+    pub fn size(&self) -> u64 {
+        self.format.size()
+    }
+
+    /// Bytes that one allocation covers; 1 where there is no allocation.
+    pub fn cluster_size(&self) -> u64 {
+        self.format.cluster_size()
+    }
+
+    /// Facts for queries.
+    pub fn info(&self) -> ImageInfo {
+        self.format.info()
+    }
+
+    /// The node's options.
+    pub fn options(&self) -> &NodeOptions {
+        &self.options
+    }
+
+    /// The image itself.
+    pub fn format(&self) -> &Rc<dyn Format> {
+        &self.format
+    }
+
+    /// Whether the image takes writes.
+    pub fn is_writable(&self) -> bool {
+        self.writable.get()
+    }
+
+    /// Whether `blockdev-del` may remove it.
+    pub fn is_monitor_owned(&self) -> bool {
+        self.monitor_owned.get()
+    }
+
+    /// Gives the node to the monitor, or takes it away.
+    pub fn set_monitor_owned(&self, owned: bool) {
+        self.monitor_owned.set(owned);
+    }
+
+    /// The protocol node below a format node.
+    pub fn file(&self) -> Option<Rc<Self>> {
+        self.file.borrow().clone()
+    }
+
+    /// The backing node.
+    pub fn backing(&self) -> Option<Rc<Self>> {
+        self.backing.borrow().clone()
+    }
+
+    /// Whether there is a backing node.
+    pub fn has_backing(&self) -> bool {
+        self.backing.borrow().is_some()
+    }
+
+    /// Whether the bytes live in memory (small, cache-hot units are best then).
+    pub fn is_memory_backed(&self) -> bool {
+        match self.format.data_storage() {
+            Storage::File(file) => file.is_memory_backed(),
+            Storage::Memory(_) => true,
+        }
+    }
+
+    pub(crate) fn path(&self) -> Rc<Path> {
+        Rc::clone(&self.path.borrow())
+    }
+
+    pub(crate) fn gate(&self) -> &Rc<Gate> {
+        &self.gate
+    }
+
+    /// Takes the children away (the node is being closed).
+    pub(crate) fn take_children(&self) -> (Option<Rc<Self>>, Option<Rc<Self>>) {
+        (self.file.take(), self.backing.take())
+    }
+
+    /// Puts `backing` below this node and compiles the path anew. Only inside a cut, or where the
+    /// content stays equal.
+    pub(crate) fn link_backing(&self, backing: Option<Rc<Self>>) {
+        let below = backing.as_ref().map(|node| node.path());
+        *self.path.borrow_mut() = Path::compile(Rc::clone(&self.format), below.as_deref());
+        *self.backing.borrow_mut() = backing;
+    }
+
+    /// Installs a write hook. Only inside a cut of this node.
+    pub fn add_hook(&self, hook: Rc<dyn WriteHook>) -> HookId {
+        self.hooks.add(hook)
+    }
+
+    /// Removes a write hook. Only inside a cut of this node.
+    pub fn remove_hook(&self, id: HookId) {
+        self.hooks.remove(id);
+    }
+
+    /// Whether a request of external origin would wait.
+    pub fn is_drained(&self) -> bool {
+        self.gate.is_closed()
+    }
+
+    /// Makes the image writable or read-only (then it is flushed and left clean on disk).
+    ///
+    /// # Errors
+    /// What flushing or the locks report; the node then keeps its state.
+    pub async fn set_writable(&self, writable: bool) -> Result<()> {
+        if self.writable.get() == writable {
+            return Ok(());
+        }
+        if writable {
+            self.lock_file(true).await?;
+            self.format.set_writable(true).await?;
+            self.writable.set(true);
+        } else {
+            self.format.set_writable(false).await?;
+            self.writable.set(false);
+            self.lock_file(false).await?;
+        }
+        Ok(())
+    }
+
+    async fn lock_file(&self, write: bool) -> Result<()> {
+        let Storage::File(file) = self.format.data_storage() else { return Ok(()) };
+        if write && !file.is_writable() {
+            return Err(Error::new(ErrorKind::ReadOnly, "make writable").on(&self.name));
+        }
+        let read = if self.format.cluster_size() == 1 {
+            LockRequest::ReadShared
+        } else {
+            LockRequest::ReadStable
+        };
+        file.lock(if write { LockRequest::Write } else { read }).await
+    }
+
+    /// Reads `buf.len()` bytes at `offset` (bytes) into `buf`, below the hooks and without a claim.
+    pub fn read(self: &Rc<Self>, offset: u64, buf: Buf, origin: Origin) -> Receipt {
+        request::read(Rc::clone(self), offset, buf, origin)
+    }
+
+    /// Writes `buf` at `offset` (bytes) through the node's write path.
+    pub fn write(
+        self: &Rc<Self>,
+        offset: u64,
+        buf: Buf,
+        flags: WriteFlags,
+        origin: Origin,
+    ) -> Receipt {
+        request::write(Rc::clone(self), offset, buf, flags, origin)
+    }
+
+    /// Makes the range read as zeroes through the node's write path.
+    pub fn write_zeroes(
+        self: &Rc<Self>,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+        origin: Origin,
+    ) -> Receipt {
+        request::write_zeroes(Rc::clone(self), offset, len, flags, origin)
+    }
+
+    /// Gives the range's space back where the node's options allow; what is given back reads as
+    /// zeroes.
+    pub fn discard(self: &Rc<Self>, offset: u64, len: u64, origin: Origin) -> Receipt {
+        request::discard(Rc::clone(self), offset, len, origin)
+    }
+
+    /// Makes all writes that were answered before the call durable.
+    pub fn flush(self: &Rc<Self>, origin: Origin) -> Receipt {
+        request::flush(Rc::clone(self), origin)
+    }
+
+    /// What the range holds; runs cover it in order.
+    pub fn block_status(
+        self: &Rc<Self>,
+        offset: u64,
+        len: u64,
+    ) -> JoinHandle<Result<Vec<StatusExtent>>> {
+        request::block_status(Rc::clone(self), offset, len)
+    }
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Node({} '{}', {})", self.id.0, self.name, self.format.driver())
+    }
+}

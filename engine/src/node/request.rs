@@ -1,0 +1,264 @@
+//! Requests on a node as tasks: admission, claim, hooks, transfer, in the order of the module header.
+
+use std::rc::Rc;
+
+use super::attachment::Attachment;
+use super::gate::Pass;
+use super::object::Node;
+use super::status::{self, StatusExtent};
+use super::transfer;
+use crate::address::GuestRange;
+use crate::buf::Buf;
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::{Class, JoinHandle};
+use crate::format::ZeroMode;
+
+/// The right to learn how a request ended. The request runs to its end also without it.
+pub type Receipt = JoinHandle<Result<()>>;
+
+/// Who causes a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A guest, a job or an embedder: waits at the gate.
+    External,
+    /// An admitted request of another node (copy-before-write): passes the gate, because the
+    /// drain waits for the request that caused it.
+    Derived,
+}
+
+/// How data is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteFlags {
+    /// Data and mapping are durable when the request is answered.
+    pub fua: bool,
+}
+
+/// How zeroes are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroFlags {
+    /// Space may be given back.
+    pub may_unmap: bool,
+    /// Durable when the request is answered.
+    pub fua: bool,
+    /// Fail with `Unsupported` instead of writing zero bytes.
+    pub fast: bool,
+}
+
+/// What a request acts on: a node itself, or whatever an attachment points to when it is admitted.
+pub(super) enum Target {
+    Node(Rc<Node>, Origin),
+    Attachment(Rc<Attachment>),
+}
+
+/// A node and the pass that keeps it from being cut.
+struct Admitted {
+    node: Rc<Node>,
+    _pass: Option<Pass>,
+}
+
+impl Target {
+    async fn admit(self) -> Admitted {
+        match self {
+            Self::Node(node, Origin::Derived) => Admitted { node, _pass: None },
+            Self::Node(node, Origin::External) => loop {
+                if let Some(pass) = node.gate.try_pass() {
+                    return Admitted { node, _pass: Some(pass) };
+                }
+                node.gate.opened().await;
+            },
+            Self::Attachment(attachment) => loop {
+                // The node is looked up again after each wait: a cut may have moved the attachment.
+                let node = attachment.node();
+                if let Some(pass) = node.gate.try_pass() {
+                    return Admitted { node, _pass: Some(pass) };
+                }
+                node.gate.opened().await;
+            },
+        }
+    }
+}
+
+fn checked(node: &Node, offset: u64, len: u64, op: &'static str) -> Result<GuestRange> {
+    match offset.checked_add(len) {
+        Some(end) if end <= node.size() => Ok(GuestRange::new(offset, len)),
+        _ => Err(Error::new(ErrorKind::OutOfRange, op).on(&node.name()).at(offset)),
+    }
+}
+
+fn checked_write(node: &Node, offset: u64, len: u64, op: &'static str) -> Result<GuestRange> {
+    if !node.is_writable() {
+        return Err(Error::new(ErrorKind::ReadOnly, op).on(&node.name()));
+    }
+    checked(node, offset, len, op)
+}
+
+pub(super) fn start_read(target: Target, core: &crate::executor::Core, offset: u64, buf: Buf) -> Receipt {
+    core.spawn(Class::Guest, async move {
+        let admitted = target.admit().await;
+        let node = &admitted.node;
+        let range = checked(node, offset, buf.len() as u64, "read")?;
+        let path = node.path();
+        transfer::read(&path, 0, range, &buf).await.map_err(|error| error.on(&node.name()))
+    })
+}
+
+pub(super) fn start_write(
+    target: Target,
+    core: &crate::executor::Core,
+    offset: u64,
+    buf: Buf,
+    flags: WriteFlags,
+) -> Receipt {
+    core.spawn(Class::Guest, async move {
+        let admitted = target.admit().await;
+        let node = &admitted.node;
+        let range = checked_write(node, offset, buf.len() as u64, "write")?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let path = node.path();
+        let pool = node.core().pool();
+        // Only where data alone is the whole truth can the data write itself be made durable.
+        let in_place = path.top().format.cluster_size() == 1 && !node.options().no_flush;
+        let data_fua = flags.fua && in_place;
+        let claim = node.claims.claim(range);
+        claim.held().await;
+        let hooks = node.hooks.current();
+        for (_, hook) in hooks.iter() {
+            if let Some(before) = hook.before_write(range) {
+                before.await?;
+            }
+        }
+        let result = transfer::write(&path, pool, range, &buf, data_fua).await;
+        for (_, hook) in hooks.iter() {
+            hook.after_write(range);
+        }
+        drop(claim);
+        result.map_err(|error| error.on(&node.name()))?;
+        if flags.fua && !in_place {
+            flush_node(node).await?;
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn start_zero(
+    target: Target,
+    core: &crate::executor::Core,
+    offset: u64,
+    len: u64,
+    mode: ZeroMode,
+    flags: ZeroFlags,
+) -> Receipt {
+    let op = if mode == ZeroMode::Discard { "discard" } else { "write zeroes" };
+    core.spawn(Class::Guest, async move {
+        let admitted = target.admit().await;
+        let node = &admitted.node;
+        let range = checked_write(node, offset, len, op)?;
+        let unmap = node.options().discard_unmap;
+        let mode = match mode {
+            ZeroMode::Discard if !unmap => return Ok(()),
+            ZeroMode::Unmap if !unmap => ZeroMode::Keep,
+            mode => mode,
+        };
+        if range.is_empty() {
+            return Ok(());
+        }
+        let path = node.path();
+        let claim = node.claims.claim(range);
+        claim.held().await;
+        let hooks = node.hooks.current();
+        for (_, hook) in hooks.iter() {
+            if let Some(before) = hook.before_write(range) {
+                before.await?;
+            }
+        }
+        let result = transfer::zero(&path, node.core().pool(), range, mode, flags.fast).await;
+        for (_, hook) in hooks.iter() {
+            hook.after_write(range);
+        }
+        drop(claim);
+        result.map_err(|error| error.on(&node.name()))?;
+        if flags.fua {
+            flush_node(node).await?;
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn start_flush(target: Target, core: &crate::executor::Core) -> Receipt {
+    core.spawn(Class::Guest, async move {
+        let admitted = target.admit().await;
+        flush_node(&admitted.node).await
+    })
+}
+
+async fn flush_node(node: &Rc<Node>) -> Result<()> {
+    if node.options().no_flush || !node.is_writable() {
+        return Ok(());
+    }
+    node.format().flush().await.map_err(|error| error.on(&node.name()))
+}
+
+pub(super) fn start_status(
+    target: Target,
+    core: &crate::executor::Core,
+    offset: u64,
+    len: u64,
+) -> JoinHandle<Result<Vec<StatusExtent>>> {
+    core.spawn(Class::Guest, async move {
+        let admitted = target.admit().await;
+        let node = &admitted.node;
+        let range = checked(node, offset, len, "get block status")?;
+        let path = node.path();
+        status::status(&path, range).await.map_err(|error| error.on(&node.name()))
+    })
+}
+
+pub(super) fn read(node: Rc<Node>, offset: u64, buf: Buf, origin: Origin) -> Receipt {
+    let core = node.core().clone();
+    start_read(Target::Node(node, origin), &core, offset, buf)
+}
+
+pub(super) fn write(
+    node: Rc<Node>,
+    offset: u64,
+    buf: Buf,
+    flags: WriteFlags,
+    origin: Origin,
+) -> Receipt {
+    let core = node.core().clone();
+    start_write(Target::Node(node, origin), &core, offset, buf, flags)
+}
+
+pub(super) fn write_zeroes(
+    node: Rc<Node>,
+    offset: u64,
+    len: u64,
+    flags: ZeroFlags,
+    origin: Origin,
+) -> Receipt {
+    let core = node.core().clone();
+    let mode = if flags.may_unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
+    start_zero(Target::Node(node, origin), &core, offset, len, mode, flags)
+}
+
+pub(super) fn discard(node: Rc<Node>, offset: u64, len: u64, origin: Origin) -> Receipt {
+    let core = node.core().clone();
+    let flags = ZeroFlags::default();
+    start_zero(Target::Node(node, origin), &core, offset, len, ZeroMode::Discard, flags)
+}
+
+pub(super) fn flush(node: Rc<Node>, origin: Origin) -> Receipt {
+    let core = node.core().clone();
+    start_flush(Target::Node(node, origin), &core)
+}
+
+pub(super) fn block_status(
+    node: Rc<Node>,
+    offset: u64,
+    len: u64,
+) -> JoinHandle<Result<Vec<StatusExtent>>> {
+    let core = node.core().clone();
+    start_status(Target::Node(node, Origin::External), &core, offset, len)
+}

@@ -1,0 +1,324 @@
+//! The one place that moves guest data between buffers and layers.
+//!
+//! Reads: (1) resolve from the top layer down, whole extents at a time; (2) start every storage read
+//! as soon as it is known; (3) await all of them; leases live until then.
+//!
+//! Writes (under the node's claim): (1) begin a piece; (2) read what its allocation needs from the
+//! layers below; (3) start the data write; (4) when it ended, complete the guard (the mapping
+//! becomes visible). Before waiting for another request's allocation, own pieces are finished, so
+//! waits never form a ring.
+
+use std::rc::Rc;
+
+use smallvec::SmallVec;
+
+use super::path::Path;
+use crate::address::GuestRange;
+use crate::buf::{Buf, Pool};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{
+    Extents, Fill, Mapping, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+};
+use crate::lease::Lease;
+use crate::storage::IoFuture;
+
+/// Largest block of zeroes that is written explicitly at once, in bytes.
+const ZERO_BLOCK: usize = 64 << 10;
+
+/// A part of a read that is still to be resolved in `layer`.
+#[derive(Clone, Copy)]
+struct Todo {
+    range: GuestRange,
+    at: usize,
+    layer: usize,
+}
+
+/// Reads `range` as seen from layer `from` of the path into `buf` (of the same length).
+pub(crate) async fn read(path: &Path, from: usize, range: GuestRange, buf: &Buf) -> Result<()> {
+    let mut todo: SmallVec<[Todo; 8]> = SmallVec::new();
+    let mut started: SmallVec<[IoFuture; 8]> = SmallVec::new();
+    let mut leases: SmallVec<[Lease; 4]> = SmallVec::new();
+    let mut result = Ok(());
+    todo.push(Todo { range, at: 0, layer: from });
+    while let Some(part) = todo.pop() {
+        if let Err(error) =
+            read_part(path, part, buf, &mut todo, &mut started, &mut leases).await
+        {
+            result = Err(error);
+            break;
+        }
+    }
+    for io in started {
+        let ended = io.await;
+        result = result.and(ended);
+    }
+    drop(leases);
+    result
+}
+
+/// Resolves one part in its layer: starts reads, fills zeroes, hands the rest down.
+async fn read_part(
+    path: &Path,
+    part: Todo,
+    buf: &Buf,
+    todo: &mut SmallVec<[Todo; 8]>,
+    started: &mut SmallVec<[IoFuture; 8]>,
+    leases: &mut SmallVec<[Lease; 4]>,
+) -> Result<()> {
+    let target = |at: usize, len: u64| buf.slice(at..at + length(len));
+    let Some(layer) = path.layers().get(part.layer) else {
+        target(part.at, part.range.len).fill(0);
+        return Ok(());
+    };
+    let format = &layer.format;
+    let inside = part.range.intersect(GuestRange::new(0, format.size()));
+    if inside.len < part.range.len {
+        let at = part.at + length(inside.len);
+        target(at, part.range.len - inside.len).fill(0);
+    }
+    if inside.is_empty() {
+        return Ok(());
+    }
+    let mut extents = Extents::new();
+    if let Some(lease) = format.resolve(inside, &mut extents) {
+        leases.push(lease);
+    }
+    let mut rest = Todo { range: inside, ..part };
+    for extent in &extents {
+        let len = extent.len.min(rest.range.len);
+        match &extent.mapping {
+            Mapping::Data(host) => {
+                let io = format.data_storage().read(host.bytes(), target(rest.at, len));
+                started.push(io);
+            }
+            Mapping::Zero => target(rest.at, len).fill(0),
+            Mapping::Absent => todo.push(Todo {
+                range: GuestRange { len, ..rest.range },
+                at: rest.at,
+                layer: rest.layer + 1,
+            }),
+            Mapping::Compressed => {
+                read_compressed(path, rest, len, buf).await?;
+            }
+            Mapping::Damaged(error) => return Err(error.clone()),
+            Mapping::Miss(miss) => {
+                format.load(*miss).await?;
+                todo.push(rest);
+                return Ok(());
+            }
+        }
+        rest = advance(rest, len);
+    }
+    assert!(rest.range.is_empty(), "a resolve covers its range or ends with a miss");
+    Ok(())
+}
+
+fn advance(part: Todo, len: u64) -> Todo {
+    let range =
+        GuestRange { start: part.range.start.plus(len), len: part.range.len.saturating_sub(len) };
+    Todo { range, at: part.at + length(len), layer: part.layer }
+}
+
+async fn read_compressed(path: &Path, part: Todo, len: u64, buf: &Buf) -> Result<()> {
+    let format = &path.layers()[part.layer].format;
+    let cluster = format.cluster_size();
+    let mut done = 0;
+    while done < len {
+        let position = part.range.start.plus(done);
+        let within = position.within(cluster);
+        let count = (cluster - within).min(len - done);
+        let bytes = format.read_compressed(position.align_down(cluster)).await?;
+        let at = part.at + length(done);
+        buf.slice(at..at + length(count))
+            .copy_from_buf(&bytes.slice(length(within)..length(within + count)));
+        done += count;
+    }
+    Ok(())
+}
+
+/// A piece of a write whose data is on its way.
+struct Flying {
+    io: IoFuture,
+    guard: WriteGuard,
+}
+
+type InFlight = SmallVec<[Flying; 4]>;
+
+/// Waits for the pieces and publishes those that landed; the first error wins.
+async fn land(flying: &mut InFlight) -> Result<()> {
+    let mut result = Ok(());
+    for piece in flying.drain(..) {
+        match piece.io.await {
+            Ok(()) => piece.guard.complete(),
+            Err(error) => {
+                drop(piece.guard);
+                result = result.and(Err(error));
+            }
+        }
+    }
+    result
+}
+
+/// Writes `buf` to `range` of the path's top layer. The caller holds the node claim.
+pub(crate) async fn write(
+    path: &Rc<Path>,
+    pool: &Pool,
+    range: GuestRange,
+    buf: &Buf,
+    fua: bool,
+) -> Result<()> {
+    let mut flying = InFlight::new();
+    let result = write_pieces(path, pool, range, buf, fua, &mut flying).await;
+    let landed = land(&mut flying).await;
+    result.and(landed)
+}
+
+async fn write_pieces(
+    path: &Rc<Path>,
+    pool: &Pool,
+    range: GuestRange,
+    buf: &Buf,
+    fua: bool,
+    flying: &mut InFlight,
+) -> Result<()> {
+    let format = &path.top().format;
+    let mut done = 0;
+    while done < range.len {
+        let rest = GuestRange { start: range.start.plus(done), len: range.len - done };
+        match format.begin_write(rest)? {
+            WriteStep::Ready(piece) => {
+                assert!(piece.len > 0 && piece.len <= rest.len, "a piece covers a prefix");
+                let at = length(done);
+                let data = buf.slice(at..at + length(piece.len));
+                done += piece.len;
+                let (host, data) = with_fill(path, pool, rest, &piece, data).await?;
+                let io = format.data_storage().write(host, data, fua);
+                flying.push(Flying { io, guard: piece.guard });
+            }
+            WriteStep::Miss(miss) => format.load(miss).await?,
+            WriteStep::Wait(wait) => {
+                land(flying).await?;
+                format.pending(wait).await;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The host offset and the bytes of a piece with everything that its allocation must contain.
+async fn with_fill(
+    path: &Rc<Path>,
+    pool: &Pool,
+    rest: GuestRange,
+    piece: &WritePiece,
+    data: Buf,
+) -> Result<(u64, Buf)> {
+    if piece.head == 0 && piece.tail == 0 {
+        return Ok((piece.host.bytes(), data));
+    }
+    let head = pool.alloc(length(piece.head));
+    let tail = pool.alloc(length(piece.tail));
+    let before = GuestRange::new(rest.start.bytes() - piece.head, piece.head);
+    let after = GuestRange::new(rest.start.bytes() + piece.len, piece.tail);
+    match piece.fill {
+        Fill::Zero => {
+            head.fill(0);
+            tail.fill(0);
+        }
+        Fill::Below => {
+            read_below(path, before, &head).await?;
+            read_below(path, after, &tail).await?;
+        }
+        Fill::Old(host) => {
+            let storage = path.top().format.data_storage();
+            let after_host = host.plus(piece.head + piece.len);
+            let first = storage.read(host.bytes(), head.clone());
+            let last = storage.read(after_host.bytes(), tail.clone());
+            let first = first.await;
+            last.await.and(first)?;
+        }
+        Fill::OldCompressed => {
+            let old = path.top().format.read_compressed(before.start).await?;
+            head.copy_from_buf(&old.slice(0..head.len()));
+            let from = old.len() - tail.len();
+            tail.copy_from_buf(&old.slice(from..old.len()));
+        }
+    }
+    let mut whole = head;
+    whole.append(data);
+    whole.append(tail);
+    Ok((piece.host.bytes() - piece.head, whole))
+}
+
+async fn read_below(path: &Path, range: GuestRange, buf: &Buf) -> Result<()> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    read(path, 1, range, buf).await
+}
+
+/// Zeroes or discards `range` of the path's top layer. The caller holds the node claim.
+///
+/// With `fast` it fails with `Unsupported` where explicit zeroes would have to be written.
+pub(crate) async fn zero(
+    path: &Rc<Path>,
+    pool: &Pool,
+    range: GuestRange,
+    mode: ZeroMode,
+    fast: bool,
+) -> Result<()> {
+    let format = &path.top().format;
+    let mut done = 0;
+    while done < range.len {
+        let rest = GuestRange { start: range.start.plus(done), len: range.len - done };
+        match format.begin_zero(rest, mode)? {
+            ZeroStep::Done { len } => done += len,
+            ZeroStep::Storage { len, host, guard } => {
+                let storage = format.data_storage();
+                match mode {
+                    ZeroMode::Discard => {
+                        storage.discard(host.bytes(), len).await?;
+                    }
+                    ZeroMode::Unmap => storage.write_zeroes(host.bytes(), len, true).await?,
+                    ZeroMode::Keep => storage.write_zeroes(host.bytes(), len, false).await?,
+                }
+                guard.complete();
+                done += len;
+            }
+            ZeroStep::Write { len } => {
+                if mode != ZeroMode::Discard {
+                    if fast {
+                        return Err(Error::new(ErrorKind::Unsupported, "write zeroes fast"));
+                    }
+                    write_explicit(path, pool, GuestRange { len, ..rest }).await?;
+                }
+                done += len;
+            }
+            ZeroStep::Miss(miss) => format.load(miss).await?,
+            ZeroStep::Wait(wait) => format.pending(wait).await,
+        }
+    }
+    Ok(())
+}
+
+/// Writes zero bytes from one shared block.
+async fn write_explicit(path: &Rc<Path>, pool: &Pool, range: GuestRange) -> Result<()> {
+    let block = pool.zeroed(ZERO_BLOCK.min(length(range.len)));
+    let mut done = 0;
+    while done < range.len {
+        let mut zeroes = Buf::empty();
+        let step = (range.len - done).min(1 << 20);
+        while (zeroes.len() as u64) < step {
+            let part = block.len().min(length(step) - zeroes.len());
+            zeroes.append(block.slice(0..part));
+        }
+        let part = GuestRange { start: range.start.plus(done), len: step };
+        write(path, pool, part, &zeroes, false).await?;
+        done += step;
+    }
+    Ok(())
+}
+
+fn length(len: u64) -> usize {
+    usize::try_from(len).expect("invariant: requests are bounded by REQUEST_MAX")
+}

@@ -1,0 +1,243 @@
+//! Who uses a node for what: permissions as in QEMU (`include/block/block-common.h`).
+//!
+//! Every user states what it does (`perm`) and what it tolerates from others (`shared`). A new user
+//! is admitted only if nobody else excludes it and it excludes nobody.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::rc::{Rc, Weak};
+
+use super::object::Node;
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a user does and what it lets others do; bits of the constants below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permissions {
+    /// Taken.
+    pub perm: u8,
+    /// Left to others.
+    pub shared: u8,
+}
+
+impl Permissions {
+    /// Reads that must be consistent.
+    pub const CONSISTENT_READ: u8 = 1;
+    /// Writes that change the visible content.
+    pub const WRITE: u8 = 1 << 1;
+    /// Writes that do not.
+    pub const WRITE_UNCHANGED: u8 = 1 << 2;
+    /// Changes of the size.
+    pub const RESIZE: u8 = 1 << 3;
+    /// Everything.
+    pub const ALL: u8 = 15;
+
+    /// A guest's front door: reads (and writes), lets others do anything but resize.
+    pub const fn of_guest(writable: bool) -> Self {
+        let write = if writable { Self::WRITE } else { 0 };
+        Self { perm: Self::CONSISTENT_READ | write, shared: Self::ALL & !Self::RESIZE }
+    }
+
+    /// An overlay's use of its backing node: nobody may change the content.
+    pub const fn of_overlay() -> Self {
+        Self { perm: Self::CONSISTENT_READ, shared: Self::CONSISTENT_READ | Self::WRITE_UNCHANGED }
+    }
+
+    /// A format's use of its file.
+    pub const fn of_format(writable: bool) -> Self {
+        let write = if writable { Self::WRITE | Self::RESIZE } else { 0 };
+        let perm = Self::CONSISTENT_READ | write;
+        Self { perm, shared: Self::CONSISTENT_READ | Self::WRITE_UNCHANGED }
+    }
+}
+
+/// What a job does with a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It is copied from.
+    Source,
+    /// It is copied to.
+    Target,
+}
+
+/// Who uses a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    /// A front door or an embedder, by name.
+    Guest {
+        /// The export's id, or what the embedder calls itself.
+        name: Rc<str>,
+    },
+    /// The node called `node` has it as its backing node.
+    Overlay {
+        /// The overlay's name.
+        node: Rc<str>,
+    },
+    /// The node called `node` has it as its file.
+    Format {
+        /// The format node's name.
+        node: Rc<str>,
+    },
+    /// A job.
+    Job {
+        /// The job's id.
+        id: Rc<str>,
+        /// The job's type ("mirror", "backup").
+        kind: &'static str,
+        /// What it does with the node.
+        role: Role,
+    },
+}
+
+impl User {
+    /// The name of the edge in messages.
+    const fn edge(&self) -> &'static str {
+        match self {
+            Self::Guest { .. } => "root",
+            Self::Overlay { .. } => "backing",
+            Self::Format { .. } => "file",
+            Self::Job { role: Role::Source, .. } => "main node",
+            Self::Job { role: Role::Target, .. } => "target",
+        }
+    }
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Guest { name } => write!(f, "block device '{name}'"),
+            Self::Overlay { node } | Self::Format { node } => write!(f, "node '{node}'"),
+            Self::Job { id, .. } => write!(f, "block job '{id}'"),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    id: u64,
+    user: User,
+    permissions: Permissions,
+}
+
+/// The users of a node.
+#[derive(Debug, Default)]
+pub(crate) struct Users {
+    entries: RefCell<Vec<Entry>>,
+    next: Cell<u64>,
+}
+
+/// A use of a node; ends when dropped.
+#[derive(Debug)]
+#[must_use = "dropping it ends the use"]
+pub struct UserGuard {
+    node: Weak<Node>,
+    id: u64,
+}
+
+impl Users {
+    fn insert(&self, node: &Rc<Node>, user: User, permissions: Permissions) -> UserGuard {
+        let id = self.next.get();
+        self.next.set(id + 1);
+        self.entries.borrow_mut().push(Entry { id, user, permissions });
+        UserGuard { node: Rc::downgrade(node), id }
+    }
+
+    /// The same user with the same permissions on the node that these users belong to. Only inside a
+    /// cut, where the caller has made sure that it fits.
+    pub(super) fn transfer(&self, node: &Rc<Node>, guard: &UserGuard) -> UserGuard {
+        let entry = guard.node.upgrade().and_then(|old| {
+            old.users.entries.borrow().iter().find(|entry| entry.id == guard.id).cloned()
+        });
+        let entry = entry.expect("invariant: an attachment is a user of its node");
+        self.insert(node, entry.user, entry.permissions)
+    }
+}
+
+impl Node {
+    /// Admits a user.
+    ///
+    /// # Errors
+    /// `Busy` with a [`Conflict`] if another user excludes it.
+    pub fn use_by(node: &Rc<Self>, user: User, permissions: Permissions) -> Result<UserGuard> {
+        for other in node.users.entries.borrow().iter() {
+            if let Some(conflict) = conflict(node, &user, permissions, other) {
+                return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
+            }
+        }
+        Ok(node.users.insert(node, user, permissions))
+    }
+
+    /// Everybody who uses the node now.
+    pub fn users(&self) -> Vec<User> {
+        self.users.entries.borrow().iter().map(|entry| entry.user.clone()).collect()
+    }
+
+    /// Everybody who uses the node now, with what they do.
+    pub fn uses(&self) -> Vec<(User, Permissions)> {
+        let entries = self.users.entries.borrow();
+        entries.iter().map(|entry| (entry.user.clone(), entry.permissions)).collect()
+    }
+}
+
+fn conflict(
+    node: &Node,
+    user: &User,
+    permissions: Permissions,
+    other: &Entry,
+) -> Option<Conflict> {
+    let denied = permissions.perm & !other.permissions.shared;
+    if denied != 0 {
+        return Some(Conflict::new(node, denied, user, &other.user));
+    }
+    let refused = other.permissions.perm & !permissions.shared;
+    (refused != 0).then(|| Conflict::new(node, refused, &other.user, user))
+}
+
+impl Drop for UserGuard {
+    fn drop(&mut self) {
+        if let Some(node) = self.node.upgrade() {
+            node.users.entries.borrow_mut().retain(|entry| entry.id != self.id);
+        }
+    }
+}
+
+/// Two users of a node exclude each other; the text is the peer's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    node: String,
+    permissions: String,
+    needed_by: (String, &'static str),
+    unshared_by: (String, &'static str),
+}
+
+impl Conflict {
+    fn new(node: &Node, permissions: u8, needed_by: &User, unshared_by: &User) -> Self {
+        const NAMES: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
+        let names: Vec<&str> = NAMES
+            .iter()
+            .enumerate()
+            .filter(|(bit, _)| permissions & (1 << bit) != 0)
+            .map(|(_, name)| *name)
+            .collect();
+        Self {
+            node: node.name().to_string(),
+            permissions: names.join(", "),
+            needed_by: (needed_by.to_string(), needed_by.edge()),
+            unshared_by: (unshared_by.to_string(), unshared_by.edge()),
+        }
+    }
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { node, permissions, needed_by, unshared_by } = self;
+        write!(
+            f,
+            "Permission conflict on node '{node}': permissions '{permissions}' are both required \
+             by {} (uses node '{node}' as '{}' child) and unshared by {} (uses node '{node}' as \
+             '{}' child).",
+            needed_by.0, needed_by.1, unshared_by.0, unshared_by.1
+        )
+    }
+}
+
+impl std::error::Error for Conflict {}
