@@ -257,6 +257,12 @@ impl Buf {
         self.segments.extend(other.segments);
     }
 
+    /// Drops all segments; the list keeps its memory for further use.
+    pub fn clear(&mut self) {
+        self.segments.clear();
+        self.len = 0;
+    }
+
     /// Number of memory segments.
     pub fn segment_count(&self) -> usize {
         self.segments.len()
