@@ -309,6 +309,22 @@ pub enum ReferencePolicy {
     Any,
 }
 
+/// Where a header's reference leads, after the policy allowed it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolvedReference {
+    /// The file to open.
+    pub path: PathBuf,
+    /// Nothing outside of this folder may be reached through symbolic links.
+    pub beneath: Option<PathBuf>,
+    /// The driver to open it with; `None` means that the magic number must name a format
+    /// (raw is never probed).
+    pub driver: Option<String>,
+}
+
+/// Checks the reference in the header of `image` against a policy.
+pub type ResolveReference =
+    fn(image: &Path, reference: &BackingRef, policy: &ReferencePolicy) -> Result<ResolvedReference>;
+
 /// How an image is opened by a [`Driver`].
 #[derive(Clone)]
 pub struct OpenImage {
@@ -344,6 +360,10 @@ pub trait Driver: Send + Sync {
 
     /// Whether overlays of this format can have a backing file.
     fn supports_backing(&self) -> bool;
+
+    /// Whether `head` (the first bytes of a file, up to 512) is an image of this format for sure.
+    /// Never true for formats without a magic number.
+    fn recognises(&self, head: &[u8]) -> bool;
 
     /// Opens the image in `open.storage`.
     fn open(&self, open: OpenImage) -> LocalFuture<'static, Result<Rc<dyn Format>>>;
@@ -384,9 +404,4 @@ impl Registry {
     pub fn names(&self) -> impl Iterator<Item = &'static str> + '_ {
         self.drivers.iter().map(|driver| driver.name())
     }
-}
-
-/// Whether `path` lies in `folder` or below it (both as given, no file system access).
-pub fn lies_below(path: &Path, folder: &Path) -> bool {
-    path.starts_with(folder)
 }

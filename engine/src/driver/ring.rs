@@ -57,7 +57,7 @@ struct Inline {
 impl RingDriver {
     /// A ring for the calling thread.
     pub(crate) fn new(mailbox: Arc<Mailbox>, pool: Arc<BlockingPool>) -> Result<Self> {
-        let mut ring = build_ring()?;
+        let ring = build_ring()?;
         let mut workers = [IO_WORKERS, 0];
         if let Err(error) = ring.submitter().register_iowq_max_workers(&mut workers) {
             tracing::info!("io-wq workers are not capped: {error}");

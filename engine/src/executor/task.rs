@@ -50,7 +50,7 @@ struct TaskSlot {
 
 /// All tasks of a core.
 #[derive(Default)]
-pub(super) struct Tasks {
+pub(crate) struct Tasks {
     slots: RefCell<Slab<TaskSlot>>,
     memory: RefCell<TaskMemory>,
     guest: RefCell<VecDeque<TaskId>>,
@@ -82,7 +82,7 @@ impl Tasks {
     }
 
     /// The task that is being polled.
-    pub(super) fn current(&self) -> TaskId {
+    pub(crate) fn current(&self) -> TaskId {
         self.current.get().unwrap_or(TaskId::NONE)
     }
 

@@ -31,8 +31,5 @@ pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
 pub use status::{StatusExtent, StatusKind};
 pub use users::{Conflict, Permissions, Role, User, UserGuard};
 
-pub(crate) use attachment::Attachment;
-pub(crate) use gate::Gate;
 pub(crate) use object::NodeParts;
-pub(crate) use path::Path;
 pub(crate) use plain::Plain;

@@ -195,6 +195,11 @@ impl Node {
         (self.file.take(), self.backing.take())
     }
 
+    /// Takes the attachments away, to move them to another node.
+    pub(crate) fn take_attachments(&self) -> Vec<Rc<Attachment>> {
+        self.attachments.borrow_mut().drain(..).filter_map(|held| held.upgrade()).collect()
+    }
+
     /// Puts `backing` below this node and compiles the path anew. Only inside a cut, or where the
     /// content stays equal.
     pub(crate) fn link_backing(&self, backing: Option<Rc<Self>>) {

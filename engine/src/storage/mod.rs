@@ -7,10 +7,12 @@
 mod file;
 mod lock;
 mod memory;
+mod paths;
 
 pub use file::{File, FileOptions, IoFuture};
 pub use lock::LockRequest;
 pub use memory::Memory;
+pub use paths::{PathFacts, rename, stat, sync_folder_of, unlink};
 
 use std::rc::Rc;
 

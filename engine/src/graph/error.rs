@@ -1,0 +1,140 @@
+//! What can be wrong with a command on the graph; the texts are those that QMP clients know.
+
+use std::fmt;
+
+use crate::error::{Error, ErrorKind};
+
+/// A graph command that cannot be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GraphError {
+    /// No node of that name.
+    NotFound(String),
+    /// A node of that name exists.
+    Duplicate(String),
+    /// Not a legal node name.
+    InvalidName(String),
+    /// A node name longer than 31 bytes.
+    NameTooLong,
+    /// A top-level node without a name.
+    NameMissing,
+    /// The node serves a guest.
+    InUse(String),
+    /// The node is part of another node.
+    BusyAsChild {
+        /// The node.
+        node: String,
+        /// As what it is used ("backing", "file").
+        edge: &'static str,
+        /// By which node.
+        parent: String,
+    },
+    /// A job has the node.
+    BusyWithJob {
+        /// The node.
+        node: String,
+        /// The job's type.
+        kind: String,
+    },
+    /// The node was not added by name and goes with its parent.
+    NotMonitorOwned(String),
+    /// No such format.
+    UnknownDriver(String),
+    /// The chain refers to itself.
+    Loop(String),
+    /// The chain is longer than the limit.
+    TooDeep(String),
+    /// The header names no format for the backing file, and it is none that proves itself.
+    FormatMissing(String),
+    /// A backing file of the header could not be opened; the text says why.
+    Backing {
+        /// The backing file.
+        file: String,
+        /// Why.
+        cause: Box<str>,
+    },
+    /// A file could not be opened; the text says why.
+    Open {
+        /// The file.
+        file: String,
+        /// Why.
+        cause: Box<str>,
+    },
+    /// The format cannot have a backing file.
+    NoBackingSupport(String),
+    /// Requests did not end within the deadline.
+    NotIdle {
+        /// The node.
+        node: String,
+        /// Requests in flight.
+        in_flight: u32,
+        /// The deadline in milliseconds.
+        waited_ms: u64,
+    },
+}
+
+impl fmt::Display for GraphError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFound(name) => write!(f, "Failed to find node with node-name='{name}'"),
+            Self::Duplicate(name) => write!(f, "Duplicate nodes with node-name='{name}'"),
+            Self::InvalidName(name) => write!(f, "Invalid node-name: '{name}'"),
+            Self::NameTooLong => f.write_str("Node name too long"),
+            Self::NameMissing => f.write_str("'node-name' must be specified for the root node"),
+            Self::InUse(name) => write!(f, "Node {name} is in use"),
+            Self::BusyAsChild { node, edge, parent } => {
+                let role = if *edge == "backing" { "backing hd" } else { edge };
+                write!(f, "Node '{node}' is busy: node is used as {role} of '{parent}'")
+            }
+            Self::BusyWithJob { node, kind } => {
+                write!(f, "Node '{node}' is busy: block device is in use by block job: {kind}")
+            }
+            Self::NotMonitorOwned(name) => write!(f, "Node {name} is not owned by the monitor"),
+            Self::UnknownDriver(name) => write!(f, "Unknown driver '{name}'"),
+            Self::Loop(file) => write!(
+                f,
+                "Backing file '{file}' is part of a loop: it is opened already in this chain"
+            ),
+            Self::TooDeep(file) => write!(
+                f,
+                "Backing file '{file}' is too deep: chains may have {} layers",
+                crate::limits::CHAIN_DEPTH
+            ),
+            Self::FormatMissing(file) => write!(
+                f,
+                "The header names no format for backing file '{file}' and raw is never guessed: \
+                 name it with 'backing': {{'driver': …}} or set it with qemu-img rebase -u -F"
+            ),
+            Self::Backing { file, cause } => {
+                write!(f, "Could not open backing file: Could not open '{file}': {cause}")
+            }
+            Self::Open { file, cause } => write!(f, "Could not open '{file}': {cause}"),
+            Self::NoBackingSupport(driver) => {
+                write!(f, "Driver '{driver}' does not support backing files")
+            }
+            Self::NotIdle { node, in_flight, waited_ms } => write!(
+                f,
+                "Node '{node}' did not become idle within {waited_ms} ms: {in_flight} requests \
+                 are still in flight; nothing was changed"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for GraphError {}
+
+impl From<GraphError> for Error {
+    fn from(error: GraphError) -> Self {
+        let kind = match &error {
+            GraphError::NotFound(_) => ErrorKind::NotFound,
+            GraphError::Duplicate(_) => ErrorKind::AlreadyExists,
+            GraphError::InUse(_)
+            | GraphError::BusyAsChild { .. }
+            | GraphError::BusyWithJob { .. }
+            | GraphError::NotMonitorOwned(_) => ErrorKind::Busy,
+            GraphError::NotIdle { .. } => ErrorKind::TimedOut,
+            GraphError::Open { .. } | GraphError::Backing { .. } => ErrorKind::Io(libc::EIO),
+            _ => ErrorKind::InvalidArgument,
+        };
+        Self::new(kind, "change the graph").with_source(error)
+    }
+}

@@ -1,0 +1,15 @@
+//! The graph: nodes by name, how they are opened and removed, who may use them, and cuts.
+//!
+//! One [`Graph`] per core holds the nodes whose home that core is. It is control-plane data:
+//! requests use the compiled path of their node. Changes run one at a time ([`cut`] takes the
+//! graphs' change permits in ascending order of cores).
+
+mod cut;
+mod error;
+mod open;
+mod registry;
+
+pub use cut::{CutPart, Swap, cut};
+pub use error::GraphError;
+pub use open::{BackingSource, FileSource, FileSpec, OpenNode};
+pub use registry::{Graph, GraphConfig};

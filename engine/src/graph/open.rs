@@ -1,0 +1,455 @@
+//! Opening nodes: files, formats, and the chain below.
+//!
+//! A chain is opened from the top down without recursion, so its depth is bounded by a counter and
+//! not by the stack; every file is known by (device, inode), so a loop is found before it is
+//! followed. On a failure everything that was opened for the node is closed again.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use super::error::GraphError;
+use super::registry::{Graph, GraphConfig};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Format, OpenImage, ResolvedReference};
+use crate::limits::CHAIN_DEPTH;
+use crate::node::{Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard};
+use crate::storage::{File, FileOptions, LockRequest, Storage};
+
+/// A file to be opened as a protocol node.
+#[derive(Clone, Debug, Default)]
+pub struct FileSpec {
+    /// Node name; a generated one if absent.
+    pub name: Option<String>,
+    /// The file.
+    pub path: PathBuf,
+    /// What queries show instead of `path` (a new image's final name).
+    pub shown_as: Option<PathBuf>,
+    /// Do not follow anything out of this folder.
+    pub beneath: Option<PathBuf>,
+    /// Neither take nor honour locks.
+    pub no_locking: bool,
+}
+
+/// What holds an image.
+#[derive(Clone, Debug)]
+pub enum FileSource {
+    /// A node by name.
+    Node(String),
+    /// A file that is opened for this node.
+    Open(FileSpec),
+    /// A storage of the embedder.
+    Storage(Storage),
+}
+
+/// What lies below an image.
+#[derive(Clone, Debug)]
+pub enum BackingSource {
+    /// What the header says, within the reference policy.
+    FromHeader,
+    /// Nothing, whatever the header says.
+    None,
+    /// A node by name.
+    Node(String),
+    /// An image that is opened for this node.
+    Open(Box<OpenNode>),
+}
+
+/// A node to be opened.
+#[derive(Clone, Debug)]
+pub struct OpenNode {
+    /// Node name; a generated one if absent.
+    pub name: Option<String>,
+    /// "file" for a protocol node, else a format's name.
+    pub driver: String,
+    /// What holds it.
+    pub file: FileSource,
+    /// What lies below.
+    pub backing: BackingSource,
+    /// Open for writing.
+    pub writable: bool,
+    /// Fall back to read-only if the file cannot be opened for writing.
+    pub auto_read_only: bool,
+    /// Options of the node (and of a file opened for it).
+    pub options: NodeOptions,
+    /// Whether `blockdev-del` may remove it.
+    pub monitor_owned: bool,
+    /// For raw: the first byte of the disk in the file.
+    pub raw_offset: u64,
+    /// For raw: bytes of the disk.
+    pub raw_size: Option<u64>,
+}
+
+impl OpenNode {
+    /// A node of `driver` on the file `path`, chain as the header says, not monitor-owned.
+    pub fn new(driver: &str, path: impl Into<PathBuf>) -> Self {
+        let spec = FileSpec { path: path.into(), ..FileSpec::default() };
+        Self {
+            name: None,
+            driver: driver.into(),
+            file: FileSource::Open(spec),
+            backing: BackingSource::FromHeader,
+            writable: true,
+            auto_read_only: false,
+            options: NodeOptions::default(),
+            monitor_owned: false,
+            raw_offset: 0,
+            raw_size: None,
+        }
+    }
+
+    /// The same with a name.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+}
+
+/// One image of a chain that is being opened.
+struct Level {
+    spec: OpenNode,
+    name: Rc<str>,
+    file: Option<Rc<Node>>,
+    format: Rc<dyn Format>,
+    filename: PathBuf,
+}
+
+/// Files seen so far, to find loops.
+type Seen = Vec<(u64, u64)>;
+
+impl Graph {
+    /// Opens a node with everything below it.
+    ///
+    /// # Errors
+    /// What is wrong with the name, the file, the image or a reference; nothing stays open then.
+    pub async fn open(self: &Rc<Self>, spec: OpenNode) -> Result<Rc<Node>> {
+        let mut levels: Vec<Level> = Vec::new();
+        let result = self.open_levels(spec, &mut levels).await;
+        let error = match result {
+            Ok(base) => match self.link(&mut levels, base) {
+                Ok(node) => return Ok(node),
+                Err((linked, error)) => {
+                    if let Some(linked) = linked {
+                        self.remove_unused(&linked).await?;
+                    }
+                    error
+                }
+            },
+            Err(error) => error,
+        };
+        for level in levels {
+            // The first error is the one to report; closing a fresh image loses nothing.
+            let _ = level.format.close().await;
+            if let Some(file) = level.file {
+                let _ = self.remove_unused(&file).await;
+            }
+        }
+        Err(error)
+    }
+
+    /// Opens the chain top-down; returns the existing node that ends it, if any.
+    async fn open_levels(
+        self: &Rc<Self>,
+        spec: OpenNode,
+        levels: &mut Vec<Level>,
+    ) -> Result<Option<Rc<Node>>> {
+        let config = self.config();
+        let mut seen = Seen::new();
+        let mut next = Some(spec);
+        while let Some(spec) = next.take() {
+            let file = spec_file(&spec);
+            if levels.len() >= CHAIN_DEPTH {
+                return Err(GraphError::TooDeep(file).into());
+            }
+            let level = match self.open_level(&config, spec, &mut seen).await {
+                Ok(level) => level,
+                Err(error) if levels.is_empty() => return Err(error),
+                Err(error) => return Err(as_backing(&file, &error)),
+            };
+            let backing = level.spec.backing.clone();
+            let writable_top = level.spec.clone();
+            let reference = level.format.info().backing;
+            let image = level.filename.clone();
+            levels.push(level);
+            match backing {
+                BackingSource::None => {}
+                BackingSource::Node(name) => return self.find(&name).map(Some),
+                BackingSource::Open(spec) => next = Some(OpenNode { writable: false, ..*spec }),
+                BackingSource::FromHeader => {
+                    if let Some(reference) = reference {
+                        let found = (config.resolve)(&image, &reference, &config.policy)?;
+                        next = Some(self.from_header(&config, found, &writable_top).await?);
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The backing image that a header names.
+    async fn from_header(
+        &self,
+        config: &GraphConfig,
+        found: ResolvedReference,
+        overlay: &OpenNode,
+    ) -> Result<OpenNode> {
+        let driver = match found.driver {
+            Some(driver) => driver,
+            None => self.recognise(config, &found).await?,
+        };
+        let mut spec = OpenNode::new(&driver, found.path.clone());
+        spec.file = FileSource::Open(FileSpec {
+            path: found.path,
+            beneath: found.beneath,
+            ..FileSpec::default()
+        });
+        spec.writable = false;
+        spec.options = overlay.options.clone();
+        Ok(spec)
+    }
+
+    /// The format that a file proves to have; raw is never guessed.
+    async fn recognise(&self, config: &GraphConfig, found: &ResolvedReference) -> Result<String> {
+        let options = FileOptions {
+            path: found.path.clone(),
+            beneath: found.beneath.clone(),
+            ..FileOptions::default()
+        };
+        let shown = found.path.display().to_string();
+        let file = File::open(self.core(), options).await.map_err(|error| as_backing(&shown, &error))?;
+        let head = self.core().pool().alloc(512);
+        file.read(0, head.clone()).await?;
+        let head = head.to_vec();
+        let drivers = config.formats.names().filter_map(|name| config.formats.find(name));
+        let mut known = drivers.filter(|driver| driver.recognises(&head));
+        match known.next() {
+            Some(driver) => Ok(driver.name().into()),
+            None => Err(GraphError::FormatMissing(shown).into()),
+        }
+    }
+
+    async fn open_level(
+        self: &Rc<Self>,
+        config: &GraphConfig,
+        mut spec: OpenNode,
+        seen: &mut Seen,
+    ) -> Result<Level> {
+        let name = self.name_for(spec.name.as_deref())?;
+        let protocol = spec.driver == "file";
+        let driver = config.formats.find(&spec.driver);
+        if !protocol && driver.is_none() {
+            return Err(GraphError::UnknownDriver(spec.driver).into());
+        }
+        let (file, storage, filename) = self.open_storage(&mut spec, protocol, seen).await?;
+        let format: Rc<dyn Format> = match driver.filter(|_| !protocol) {
+            None => Rc::new(Plain::new("file", storage)),
+            Some(driver) => {
+                let open = OpenImage {
+                    core: self.core().clone(),
+                    storage,
+                    filename: filename.clone(),
+                    writable: spec.writable,
+                    raw_offset: spec.raw_offset,
+                    raw_size: spec.raw_size,
+                };
+                match driver.open(open).await {
+                    Ok(format) => format,
+                    Err(error) => {
+                        if let Some(file) = &file {
+                            let _ = self.remove_unused(file).await;
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        Ok(Level { spec, name, file, format, filename })
+    }
+
+    /// The storage of an image, and the protocol node that owns it.
+    async fn open_storage(
+        self: &Rc<Self>,
+        spec: &mut OpenNode,
+        protocol: bool,
+        seen: &mut Seen,
+    ) -> Result<(Option<Rc<Node>>, Storage, PathBuf)> {
+        match spec.file.clone() {
+            FileSource::Storage(storage) => Ok((None, storage, PathBuf::from("memory"))),
+            FileSource::Node(name) => {
+                let node = self.find(&name)?;
+                let storage = node.format().data_storage().clone();
+                self.lock_for(&storage, spec).await?;
+                let filename = PathBuf::from(node.filename());
+                Ok((Some(node), storage, filename))
+            }
+            FileSource::Open(file_spec) => {
+                let file = self.open_file(&file_spec, spec).await?;
+                if seen.contains(&file.identity()) {
+                    return Err(GraphError::Loop(file.name().into()).into());
+                }
+                seen.push(file.identity());
+                let storage = Storage::File(file);
+                self.lock_for(&storage, spec).await?;
+                let filename = file_spec.shown_as.clone().unwrap_or(file_spec.path.clone());
+                if protocol {
+                    return Ok((None, storage, filename));
+                }
+                let node = self.protocol_node(&file_spec, &storage, &filename, spec)?;
+                Ok((Some(node), storage, filename))
+            }
+        }
+    }
+
+    async fn open_file(&self, file: &FileSpec, spec: &mut OpenNode) -> Result<Rc<File>> {
+        let options = |writable| FileOptions {
+            path: file.path.clone(),
+            writable,
+            direct: spec.options.direct,
+            create_new: false,
+            beneath: file.beneath.clone(),
+            locking: !file.no_locking,
+        };
+        let opened = File::open(self.core(), options(spec.writable)).await;
+        let opened = match opened {
+            Err(error) if spec.writable && spec.auto_read_only && is_read_only(&error) => {
+                let opened = File::open(self.core(), options(false)).await;
+                spec.writable = false;
+                opened
+            }
+            other => other,
+        };
+        opened.map_err(|error| {
+            if error.detail().is_some() {
+                return error;
+            }
+            let cause = error.kind().to_string().into();
+            let source = GraphError::Open { file: file.path.display().to_string(), cause };
+            Error::new(error.kind(), "open").with_source(source)
+        })
+    }
+
+    /// Takes the locks that the image's use of the file needs.
+    async fn lock_for(&self, storage: &Storage, spec: &OpenNode) -> Result<()> {
+        let Storage::File(file) = storage else { return Ok(()) };
+        let request = match (spec.writable, spec.driver.as_str()) {
+            (true, _) => LockRequest::Write,
+            (false, "file" | "raw") => LockRequest::ReadShared,
+            (false, _) => LockRequest::ReadStable,
+        };
+        file.lock(request).await
+    }
+
+    fn protocol_node(
+        self: &Rc<Self>,
+        file: &FileSpec,
+        storage: &Storage,
+        filename: &Path,
+        spec: &OpenNode,
+    ) -> Result<Rc<Node>> {
+        let name = self.name_for(file.name.as_deref())?;
+        let parts = NodeParts {
+            id: self.next_id(),
+            name,
+            format: Rc::new(Plain::new("file", storage.clone())),
+            filename: filename.display().to_string(),
+            options: spec.options.clone(),
+            writable: spec.writable,
+            monitor_owned: false,
+            file: None,
+            backing: None,
+        };
+        let node = Node::new(self.core(), parts);
+        self.insert(&node, Vec::new());
+        Ok(node)
+    }
+
+    /// Makes nodes of the opened images, base first, and links them. On a conflict: what was linked
+    /// so far and the error; the levels that were not linked stay in the list.
+    fn link(
+        self: &Rc<Self>,
+        levels: &mut Vec<Level>,
+        base: Option<Rc<Node>>,
+    ) -> Result<Rc<Node>, (Option<Rc<Node>>, Error)> {
+        let mut below = base;
+        while let Some(level) = levels.pop() {
+            match self.level_uses(&level, below.as_ref()) {
+                Ok(uses) => below = Some(self.link_level(level, below.take(), uses)),
+                Err(error) => {
+                    levels.push(level);
+                    return Err((below, error));
+                }
+            }
+        }
+        Ok(below.expect("invariant: at least one level was opened"))
+    }
+
+    /// A level's uses of its file and of what lies below.
+    fn level_uses(&self, level: &Level, backing: Option<&Rc<Node>>) -> Result<Vec<UserGuard>> {
+        if self.find(&level.name).is_ok() {
+            return Err(GraphError::Duplicate(level.name.to_string()).into());
+        }
+        let mut uses = Vec::new();
+        if let Some(file) = &level.file {
+            let user = User::Format { node: Rc::clone(&level.name) };
+            uses.push(Node::use_by(file, user, Permissions::of_format(level.spec.writable))?);
+        }
+        if let Some(backing) = backing {
+            let user = User::Overlay { node: Rc::clone(&level.name) };
+            uses.push(Node::use_by(backing, user, Permissions::of_overlay())?);
+        }
+        Ok(uses)
+    }
+
+    fn link_level(
+        self: &Rc<Self>,
+        level: Level,
+        backing: Option<Rc<Node>>,
+        uses: Vec<UserGuard>,
+    ) -> Rc<Node> {
+        let parts = NodeParts {
+            id: self.next_id(),
+            name: level.name,
+            format: level.format,
+            filename: level.filename.display().to_string(),
+            options: level.spec.options,
+            writable: level.spec.writable,
+            monitor_owned: level.spec.monitor_owned,
+            file: level.file,
+            backing,
+        };
+        let node = Node::new(self.core(), parts);
+        self.insert(&node, uses);
+        node
+    }
+
+    async fn remove_unused(&self, node: &Rc<Node>) -> Result<()> {
+        if node.is_monitor_owned() || !node.users().is_empty() {
+            return Ok(());
+        }
+        self.remove(node).await
+    }
+}
+
+fn spec_file(spec: &OpenNode) -> String {
+    match &spec.file {
+        FileSource::Open(file) => file.path.display().to_string(),
+        FileSource::Node(name) => name.clone(),
+        FileSource::Storage(storage) => storage.name().into(),
+    }
+}
+
+fn is_read_only(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Io(libc::EACCES | libc::EROFS | libc::EPERM) | ErrorKind::ReadOnly
+    )
+}
+
+/// An error below the top, with the file that it is about.
+fn as_backing(file: &str, error: &Error) -> Error {
+    let text = error.to_string();
+    let prefix = format!("Could not open '{file}': ");
+    let cause = text.strip_prefix(&prefix).unwrap_or(&text).into();
+    let source = GraphError::Backing { file: file.into(), cause };
+    Error::new(error.kind(), "open backing file").with_source(source)
+}
