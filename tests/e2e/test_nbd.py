@@ -1,5 +1,6 @@
 """NBD with real clients: libnbd's tools and library, qemu-img, qemu-io, and bare sockets."""
 
+import asyncio
 import json
 import os
 import re
@@ -330,6 +331,28 @@ async def nbdsh_and_fio_style_clients_work_over_tcp(world):
     await guest.finish()
     await d.quit()
     await images.check(a)
+
+
+@case(timeout=120)
+async def fio_verifies_a_disk_that_is_mirrored_under_it(world):
+    a = await images.filled(world.path("a.qcow2"), SIZE, FILLED)
+    e = await images.create(world.path("e.qcow2"), SIZE)
+    d = await world.daemon()
+    await d.add_qcow2("a", a)
+    await d.add_qcow2("e", e)
+    uri = await d.export("a")
+    fio = asyncio.create_task(images.tool(
+        "fio", "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw", "--bs=4k,16k",
+        "--size=24m", "--io_size=48m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1",
+        "--verify_backlog=256", "--output-format=terse", timeout=100))
+    await d.cmd("blockdev-mirror", device="a", target="e", sync="full", job_id="j",
+                speed=16 * images.MIB)
+    await d.wait_event("BLOCK_JOB_READY", device="j")
+    await d.cmd("block-job-complete", device="j")
+    await d.wait_event("BLOCK_JOB_COMPLETED", device="j")
+    await fio
+    await d.quit()
+    await images.check(e)
 
 
 # -- several clients ----------------------------------------------------------------------------

@@ -135,6 +135,34 @@ async def a_counter_written_to_two_disks_in_turn_is_cut_once_over_both(world):
             f"transaction {turn} cut the disks at different instants: {counters}"
 
 
+@case()
+async def a_transaction_of_backups_copies_two_disks_at_one_instant(world):
+    d, uris = await two_disks(world)
+    for i in range(2):
+        e = await images.create(world.path(f"e{i}.qcow2"), SIZE)
+        await d.add_qcow2(f"target-{i}", e)
+    guest = await world.guest(*uris, filled=FILLED)
+    await guest.run(rate=4000, depth=12)
+    await guest.progress(100)
+    t1 = now()
+    await d.cmd("transaction", actions=[{"type": "blockdev-backup", "data": {
+        "device": f"node-{i}", "target": f"target-{i}", "sync": "full", "job-id": f"j{i}"}}
+        for i in range(2)], properties={"completion-mode": "grouped"})
+    t2 = now()
+    for i in range(2):
+        done = await d.wait_event("BLOCK_JOB_COMPLETED", device=f"j{i}")
+        assert "error" not in done, done
+        await d.job_gone(f"j{i}")
+    await guest.progress()
+    await guest.stop()
+    await guest.verify()
+    log = await guest.log()
+    await guest.end()
+    await d.quit()
+    prove_cut(log, {i: await images.dump(world.path(f"e{i}.qcow2"), world.path(f"e{i}.raw"))
+                    for i in range(2)}, t1, t2, FILLED)
+
+
 # -- failures -----------------------------------------------------------------------------------
 async def graph(d):
     """The graph as the queries show it."""

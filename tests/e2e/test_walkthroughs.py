@@ -229,12 +229,11 @@ async def mirror(world, busy, end, sync="full"):
 async def idle(d):
     """Waits until a ready mirror has caught up with the silent guest."""
     for _ in range(500):
-        row = (d.mark(), (await d.cmd("query-block-jobs"))[0])
-        del d.record[row[0]:row[0] + 2]
-        if row[1]["len"] == row[1]["offset"]:
+        job = (await d.cmd("query-block-jobs", recorded=False))[0]
+        if job["len"] == job["offset"]:
             return
         await asyncio.sleep(0.01)
-    raise AssertionError(f"the mirror does not catch up: {row[1]}")
+    raise AssertionError(f"the mirror does not catch up: {job}")
 
 
 @case("pair", timeout=120)

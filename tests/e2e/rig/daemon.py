@@ -171,18 +171,22 @@ class Daemon:
             raise AssertionError(died)
 
     # -- QMP ------------------------------------------------------------------------------------
-    async def cmd(self, name, arguments=None, timeout=WAIT_SECONDS, **kw):
-        """Executes one command; returns its value, raises Refused."""
+    async def cmd(self, name, arguments=None, timeout=WAIT_SECONDS, recorded=True, **kw):
+        """Executes one command; returns its value, raises Refused.
+
+        `recorded=False` keeps it out of the record: for polls, whose number depends on timing.
+        """
         arguments = dict(arguments or {}, **{k.replace("_", "-"): v for k, v in kw.items()})
-        self.record.append(("sent", name, arguments))
+        note = self.record.append if recorded else lambda row: None
+        note(("sent", name, arguments))
         try:
             value = await asyncio.wait_for(
                 self.client.execute(name, arguments or None), timeout)
         except ExecuteError as refused:
             kind, desc = refused.error_class, str(refused)
-            self.record.append(("error", name, (kind, desc)))
+            note(("error", name, (kind, desc)))
             raise Refused(name, kind, desc) from None
-        self.record.append(("reply", name, value))
+        note(("reply", name, value))
         return value
 
     async def refused(self, name, arguments=None, **kw):
