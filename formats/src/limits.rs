@@ -1,0 +1,58 @@
+//! Every bound of the formats crate, by name: full means back-pressure or an error, never growth.
+
+/// Bytes of cached L2 slices of one image.
+pub const L2_CACHE_BYTES: u64 = 32 << 20;
+
+/// Bytes of cached refcount slices of one image.
+pub const REFCOUNT_CACHE_BYTES: u64 = 8 << 20;
+
+/// Bytes of one cached slice of a metadata table (smaller clusters: the cluster).
+pub const SLICE_BYTES: u64 = 4096;
+
+/// Slices that an image may always cache, however large they are.
+pub const CACHE_SLICES_MIN: usize = 16;
+
+/// The largest L1 table in bytes (as the peer's).
+pub const L1_BYTES_MAX: u64 = 32 << 20;
+
+/// The largest refcount table in bytes (as the peer's).
+pub const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
+
+/// The largest snapshot table in entries (as the peer's).
+pub const SNAPSHOTS_MAX: u32 = 65_536;
+
+/// The longest backing file name in bytes (specification).
+pub const BACKING_NAME_MAX: u32 = 1023;
+
+/// Bytes of a header area that is read and kept in memory (the name must lie inside).
+pub const HEADER_BYTES_MAX: u64 = 2 << 20;
+
+/// How far beyond the end of the file an entry may point before it counts as damaged, in bytes.
+pub const BEYOND_END_MAX: u64 = 1 << 30;
+
+/// Clusters that one allocation step hands out at most.
+pub const ALLOC_CLUSTERS_MAX: u64 = 256;
+
+/// Clusters that a refill of the allocator prepares at least.
+pub const ALLOC_CLUSTERS_BATCH: u64 = 16;
+
+/// Refcount slices that one refill looks through for freed clusters before it takes the end.
+pub const ALLOC_SCAN_SLICES: u64 = 32;
+
+/// Unlinked clusters that wait for a flush before the image starts one by itself.
+pub const UNLINKED_RUNS_MAX: usize = 1024;
+
+/// Bytes of one read or write of a whole table.
+pub const TABLE_PIECE: usize = 1 << 20;
+
+/// Metadata writes in flight together during a flush.
+pub const FLUSH_WINDOW: usize = 32;
+
+/// Problems that a check lists by text; more are only counted.
+pub const CHECK_PROBLEMS_MAX: usize = 100;
+
+/// The largest refcount array of a check in bytes.
+pub const CHECK_BYTES_MAX: u64 = 1 << 30;
+
+/// Clusters that one step of a write-zeroes or discard changes at most.
+pub const ZERO_CLUSTERS_MAX: u64 = 65_536;

@@ -1,0 +1,231 @@
+//! Slices of metadata tables in memory, with their dirty state.
+//!
+//! Owns the bytes; does no I/O. Promises: lookups do not allocate; a slice that is dirty, being
+//! written or needed by somebody (the caller's predicate) is never evicted; a write-out works on a
+//! copy, so the slice may change meanwhile and then stays dirty.
+//!
+//! ```text
+//! Clean --change--> Dirty --begin_write--> Writing --end_write(ok)--> Clean
+//!                     ^                       | change
+//!                     |--end_write(failed)-- Writing/again <-+
+//! ```
+
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// A hasher for integer keys that gives the same order in every run.
+#[derive(Default)]
+pub(super) struct IntHasher(u64);
+
+impl Hasher for IntHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        let mixed = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 29);
+    }
+}
+
+/// A map from integers that behaves the same in every run.
+pub(super) type IntMap<V> = HashMap<u64, V, BuildHasherDefault<IntHasher>>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Clean,
+    Dirty,
+    /// A copy is being written; `again`: changed since.
+    Writing {
+        again: bool,
+    },
+}
+
+#[derive(Debug)]
+struct Slot {
+    key: u64,
+    bytes: Box<[u8]>,
+    state: State,
+    used: Cell<bool>,
+}
+
+/// A bounded set of slices by number.
+#[derive(Debug)]
+pub(super) struct Cache {
+    index: IntMap<usize>,
+    slots: Vec<Slot>,
+    hand: usize,
+    capacity: usize,
+    dirty: BTreeSet<u64>,
+}
+
+impl Cache {
+    /// A cache of at most `capacity` slices.
+    pub(super) fn new(capacity: usize) -> Self {
+        Self {
+            index: IntMap::default(),
+            slots: Vec::new(),
+            hand: 0,
+            capacity,
+            dirty: BTreeSet::new(),
+        }
+    }
+
+    fn slot(&self, key: u64) -> Option<&Slot> {
+        self.slots.get(*self.index.get(&key)?)
+    }
+
+    fn slot_mut(&mut self, key: u64) -> Option<&mut Slot> {
+        self.slots.get_mut(*self.index.get(&key)?)
+    }
+
+    /// The bytes of slice `key`, if cached.
+    pub(super) fn get(&self, key: u64) -> Option<&[u8]> {
+        let slot = self.slot(key)?;
+        slot.used.set(true);
+        Some(&slot.bytes)
+    }
+
+    /// The bytes of slice `key` to be changed: it becomes dirty.
+    pub(super) fn change(&mut self, key: u64) -> Option<&mut [u8]> {
+        let at = *self.index.get(&key)?;
+        let slot = self.slots.get_mut(at)?;
+        slot.used.set(true);
+        match slot.state {
+            State::Clean => {
+                slot.state = State::Dirty;
+                self.dirty.insert(key);
+            }
+            State::Dirty => {}
+            State::Writing { .. } => slot.state = State::Writing { again: true },
+        }
+        Some(&mut slot.bytes)
+    }
+
+    /// Whether slice `key` is cached.
+    pub(super) fn contains(&self, key: u64) -> bool {
+        self.index.contains_key(&key)
+    }
+
+    /// Adds a clean slice; nothing happens if it is cached already.
+    pub(super) fn insert(&mut self, key: u64, bytes: Box<[u8]>) {
+        if self.contains(key) {
+            return;
+        }
+        self.index.insert(key, self.slots.len());
+        self.slots.push(Slot { key, bytes, state: State::Clean, used: Cell::new(true) });
+    }
+
+    /// Whether another slice fits without eviction.
+    pub(super) fn has_room(&self) -> bool {
+        self.slots.len() < self.capacity
+    }
+
+    /// Evicts clean slices that nobody needs until one more fits; answers whether it does.
+    pub(super) fn make_room(&mut self, needed: impl Fn(u64) -> bool) -> bool {
+        let mut looked = 0;
+        while !self.has_room() && looked < self.slots.len() * 2 {
+            looked += 1;
+            if self.hand >= self.slots.len() {
+                self.hand = 0;
+            }
+            let Some(slot) = self.slots.get(self.hand) else { return true };
+            if slot.state != State::Clean || slot.used.replace(false) || needed(slot.key) {
+                self.hand += 1;
+                continue;
+            }
+            self.remove_at(self.hand);
+        }
+        self.has_room()
+    }
+
+    fn remove_at(&mut self, at: usize) {
+        let removed = self.slots.swap_remove(at);
+        self.index.remove(&removed.key);
+        if let Some(moved) = self.slots.get(at) {
+            self.index.insert(moved.key, at);
+        }
+    }
+
+    /// How many slices are dirty (those being written not counted).
+    pub(super) fn dirty_count(&self) -> usize {
+        self.dirty.len()
+    }
+
+    /// Whether so many slices are dirty that a write-out should begin.
+    pub(super) fn above_high_water(&self) -> bool {
+        self.dirty.len() * 4 > self.capacity
+    }
+
+    /// The dirty slices, ascending.
+    pub(super) fn dirty_keys(&self) -> Vec<u64> {
+        self.dirty.iter().copied().collect()
+    }
+
+    /// Marks a dirty slice as being written and gives its bytes to be copied.
+    pub(super) fn begin_write(&mut self, key: u64) -> Option<&[u8]> {
+        self.dirty.remove(&key);
+        let slot = self.slot_mut(key)?;
+        slot.state = State::Writing { again: false };
+        Some(&slot.bytes)
+    }
+
+    /// The copy was written (`ok`) or not; a slice that changed meanwhile is dirty again.
+    pub(super) fn end_write(&mut self, key: u64, ok: bool) {
+        let Some(slot) = self.slot_mut(key) else { return };
+        let again = slot.state == State::Writing { again: true };
+        if ok && !again {
+            slot.state = State::Clean;
+        } else {
+            slot.state = State::Dirty;
+            self.dirty.insert(key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dirty_needed_and_recently_used_slices_stay() {
+        let mut cache = Cache::new(3);
+        for key in 0..3 {
+            assert!(cache.make_room(|_| false));
+            cache.insert(key, Box::new([0; 8]));
+        }
+        cache.change(0).expect("cached").fill(1);
+        assert!(cache.make_room(|key| key == 1));
+        assert!(cache.contains(0) && cache.contains(1) && !cache.contains(2));
+        cache.insert(3, Box::new([0; 8]));
+        cache.change(1);
+        cache.change(3);
+        assert!(!cache.make_room(|_| false), "all are dirty");
+        assert_eq!(cache.dirty_keys(), [0, 1, 3]);
+    }
+
+    #[test]
+    fn a_slice_changed_while_written_stays_dirty() {
+        let mut cache = Cache::new(3);
+        cache.insert(7, Box::new([0; 8]));
+        cache.change(7);
+        assert!(cache.begin_write(7).is_some());
+        assert_eq!(cache.dirty_count(), 0);
+        cache.change(7).expect("cached").fill(2);
+        cache.end_write(7, true);
+        assert_eq!(cache.dirty_keys(), [7]);
+        assert!(cache.begin_write(7).is_some());
+        cache.end_write(7, true);
+        assert_eq!(cache.dirty_count(), 0);
+        assert!(cache.begin_write(7).is_some());
+        cache.end_write(7, false);
+        assert_eq!(cache.dirty_keys(), [7], "a failed write leaves it dirty");
+    }
+}

@@ -1,0 +1,292 @@
+//! An open qcow2 image: the engine's `Format` over the parts in the other modules.
+//!
+//! Everything that needs I/O runs as a task of the image, so a caller that goes away stops nothing
+//! half-way.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::{Rc, Weak};
+
+use liveblk_engine::address::{GuestOffset, GuestRange};
+use liveblk_engine::buf::Buf;
+use liveblk_engine::executor::sync::{Mutex, Notify};
+use liveblk_engine::executor::{Class, Core};
+use liveblk_engine::format::{
+    BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId, WriteStep, ZeroMode,
+    ZeroStep,
+};
+use liveblk_engine::lease::{Epochs, Lease};
+use liveblk_engine::storage::Storage;
+use liveblk_engine::{Error, ErrorKind, Result};
+
+use super::layout::{Geometry, INCOMPATIBLE_CORRUPT};
+use super::state::{Health, Miss, State};
+use crate::reason::Reason;
+
+/// How an image is opened beyond what every format is told.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Give the space of freed clusters back to the storage before they can be reused.
+    pub discard_unmap: bool,
+}
+
+/// An open image.
+pub(super) struct Image {
+    /// The image itself, for tasks that it starts.
+    pub(super) me: Weak<Self>,
+    pub(super) core: Core,
+    pub(super) storage: Storage,
+    pub(super) filename: PathBuf,
+    pub(super) geometry: Geometry,
+    pub(super) options: Options,
+    pub(super) epochs: Rc<Epochs>,
+    pub(super) state: RefCell<State>,
+    /// Held while clusters are searched and tables are made. Taken before `tables`.
+    pub(super) growth: Mutex<()>,
+    /// Held while metadata is written out or tables move. Taken before `header_writes`.
+    pub(super) tables: Mutex<()>,
+    /// Held while the header is read, changed and written.
+    pub(super) header_writes: Mutex<()>,
+    pub(super) pending_ended: Notify,
+    pub(super) loaded: Notify,
+    pub(super) flushed: Notify,
+}
+
+/// The handle that the engine holds.
+pub(super) struct Qcow2(pub(super) Rc<Image>);
+
+impl Image {
+    /// Stops all writes because metadata contradicts itself, and sets the corrupt bit.
+    pub(super) fn mark_corrupt(self: &Rc<Self>, reason: &Reason) {
+        {
+            let mut state = self.state.borrow_mut();
+            if !state.writable || !matches!(state.health, Health::Good) {
+                return;
+            }
+            tracing::error!(image = %self.filename.display(), %reason, "marking image corrupt");
+            state.health = Health::Corrupt(self.error(reason.clone(), "write"));
+        }
+        if self.geometry.version < 3 {
+            return;
+        }
+        let image = Rc::clone(self);
+        drop(self.core.spawn(Class::Background, async move {
+            let set = |header: &mut super::header::Header| {
+                header.incompatible |= INCOMPATIBLE_CORRUPT;
+            };
+            if let Err(error) = image.update_header(set).await {
+                tracing::warn!(%error, "the corrupt bit could not be written");
+            }
+        }));
+    }
+
+    /// The engine error for `reason`, naming this image.
+    pub(super) fn error(&self, reason: Reason, op: &'static str) -> Error {
+        reason.error(op).on(&self.filename.to_string_lossy())
+    }
+
+    /// Turns the outcome of a synchronous step into the caller's answer; contradictions in the
+    /// metadata mark the image corrupt.
+    pub(super) fn judge<T>(self: &Rc<Self>, outcome: Result<T, Reason>) -> Result<T> {
+        outcome.map_err(|reason| {
+            if reason.kind() == ErrorKind::Corrupt {
+                self.mark_corrupt(&reason);
+            }
+            self.error(reason, "write")
+        })
+    }
+
+    /// Starts a flush if so much is dirty that the caches could fill up.
+    pub(super) fn wake_flusher(&self) {
+        if let Some(image) = self.me.upgrade() {
+            image.flush_if_much_is_dirty();
+        }
+    }
+
+    fn flush_if_much_is_dirty(self: &Rc<Self>) {
+        {
+            let mut state = self.state.borrow_mut();
+            if !state.wants_flush() {
+                return;
+            }
+            state.flushes.own = true;
+        }
+        let image = Rc::clone(self);
+        drop(self.core.spawn(Class::Background, async move {
+            if let Err(error) = Rc::clone(&image).flush().await {
+                tracing::warn!(%error, "metadata could not be written out");
+            }
+            image.state.borrow_mut().flushes.own = false;
+        }));
+    }
+
+    /// Runs `future` as a task of the image and waits for it.
+    pub(super) fn run<T: 'static>(
+        &self,
+        future: impl Future<Output = T> + 'static,
+    ) -> LocalFuture<'static, T> {
+        let task = self.core.spawn(Class::Guest, future);
+        Box::pin(task)
+    }
+
+    async fn settle(self: Rc<Self>) -> Result<()> {
+        // Freed clusters become counted as free only after a flush, which makes counts dirty.
+        for _ in 0..3 {
+            Rc::clone(&self).flush().await?;
+            Rc::clone(&self).reclaim().await;
+            let state = self.state.borrow();
+            if state.is_clean() {
+                return Ok(());
+            }
+        }
+        self.flush().await
+    }
+}
+
+impl Format for Qcow2 {
+    fn driver(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn size(&self) -> u64 {
+        self.0.state.borrow().header.size
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.0.geometry.cluster()
+    }
+
+    fn data_storage(&self) -> &Storage {
+        &self.0.storage
+    }
+
+    fn resolve(&self, range: GuestRange, extents: &mut Extents) -> Option<Lease> {
+        self.0.resolve(range, extents);
+        Some(self.0.epochs.lease())
+    }
+
+    fn load(&self, miss: MissId) -> LocalFuture<'_, Result<()>> {
+        let image = Rc::clone(&self.0);
+        match Miss::of(miss) {
+            Some(miss) => self.0.run(image.load(miss)),
+            None => Box::pin(async { Ok(()) }),
+        }
+    }
+
+    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>> {
+        let error = self.0.error(Reason::CompressedCluster(at.bytes()), "read");
+        Box::pin(async move { Err(error) })
+    }
+
+    fn begin_write(&self, range: GuestRange) -> Result<WriteStep> {
+        self.0.begin_write(range)
+    }
+
+    fn begin_zero(&self, range: GuestRange, mode: ZeroMode) -> Result<ZeroStep> {
+        self.0.begin_zero(range, mode)
+    }
+
+    fn pending(&self, wait: MissId) -> LocalFuture<'_, ()> {
+        let image = &self.0;
+        Box::pin(async move {
+            let ended = || !image.state.borrow().pending.contains_key(&wait.0);
+            image.pending_ended.until(ended).await;
+        })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<()>> {
+        {
+            let state = self.0.state.borrow();
+            if !state.writable {
+                return Box::pin(async { Ok(()) });
+            }
+            let good = matches!(state.health, Health::Good);
+            if good && state.write_outs == 0 && !state.flushes.running && state.is_clean() {
+                return Box::pin(self.0.barrier());
+            }
+        }
+        self.0.run(Rc::clone(&self.0).flush())
+    }
+
+    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.0.run(Rc::clone(&self.0).resize(size))
+    }
+
+    fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>> {
+        self.0.run(Rc::clone(&self.0).set_writable(writable))
+    }
+
+    fn info(&self) -> ImageInfo {
+        let state = self.0.state.borrow();
+        let header = &state.header;
+        let geometry = self.0.geometry;
+        let text = |text: &str| InfoValue::Text(text.to_owned());
+        let mut specific = vec![
+            ("compat", text(if geometry.version == 3 { "1.1" } else { "0.10" })),
+            ("compression-type", text(if header.compression_type() == 1 { "zstd" } else { "zlib" })),
+        ];
+        if geometry.version == 3 {
+            specific.push(("lazy-refcounts", InfoValue::Flag(header.lazy_refcounts())));
+        }
+        specific.push(("refcount-bits", InfoValue::Number(geometry.refcount_bits().into())));
+        if geometry.version == 3 {
+            specific.push(("corrupt", InfoValue::Flag(header.corrupt())));
+            specific.push(("extended-l2", InfoValue::Flag(false)));
+        }
+        let backing = header.backing.clone();
+        ImageInfo {
+            virtual_size: header.size,
+            cluster_size: Some(geometry.cluster()),
+            dirty: header.dirty(),
+            backing: backing
+                .map(|file| BackingRef { file, format: header.extensions.backing_format() }),
+            specific,
+        }
+    }
+
+    fn set_backing(&self, backing: Option<BackingRef>) -> LocalFuture<'_, Result<()>> {
+        self.0.run(Rc::clone(&self.0).set_backing(backing))
+    }
+
+    fn close(&self) -> LocalFuture<'_, Result<()>> {
+        let image = Rc::clone(&self.0);
+        self.0.run(async move {
+            let writable = image.state.borrow().writable;
+            if !writable {
+                return Ok(());
+            }
+            let result = Rc::clone(&image).settle().await;
+            image.state.borrow_mut().writable = false;
+            result
+        })
+    }
+}
+
+impl Image {
+    async fn set_writable(self: Rc<Self>, writable: bool) -> Result<()> {
+        if self.state.borrow().writable == writable {
+            return Ok(());
+        }
+        if !writable {
+            let result = Rc::clone(&self).settle().await;
+            self.state.borrow_mut().writable = false;
+            return result;
+        }
+        let checked = self.state.borrow().header.check_features(true, &self.filename);
+        checked.map_err(|reason| self.error(reason, "open"))?;
+        self.state.borrow_mut().writable = true;
+        let result = self.become_writable().await;
+        if result.is_err() {
+            self.state.borrow_mut().writable = false;
+        }
+        result
+    }
+
+    /// Clears the autoclear bits that this version does not maintain (it maintains none).
+    pub(super) async fn become_writable(&self) -> Result<()> {
+        if self.state.borrow().header.autoclear == 0 {
+            return Ok(());
+        }
+        self.update_header(|header| header.autoclear = 0).await
+    }
+}

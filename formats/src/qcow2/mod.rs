@@ -1,0 +1,46 @@
+//! qcow2, versions 2 and 3: metadata and address resolution, never guest data.
+//!
+//! Order rules (each kept in the module named):
+//! 1. refcount before the entry that uses it; data before its mapping is durable; L2 before L1
+//!    (`flush`);
+//! 2. a cluster is handed out once: reserved, counted, pending, mapped (`alloc`, `write`);
+//! 3. unlink durable, epoch retired, leases gone, punched, then refcount decreased (`reclaim`);
+//! 4. new tables are written before anything points to them; a failure before that point leaves no
+//!    trace (`tables`, `reftable`);
+//! 5. header changes are one sector, or are written where the old header does not look first
+//!    (`rewrite`).
+//!
+//! What this version does not do is refused by name: see `header`.
+
+mod alloc;
+mod cache;
+mod check;
+mod check_walk;
+mod counts;
+mod create;
+mod driver;
+mod entry;
+mod extensions;
+mod flush;
+mod header;
+mod image;
+mod layout;
+mod load;
+mod map;
+mod open;
+mod reclaim;
+mod reftable;
+mod resize;
+mod rewrite;
+mod state;
+mod tables;
+mod write;
+mod zero;
+
+#[cfg(test)]
+mod tests;
+
+pub use check::{CheckReport, check};
+pub use create::{CreateOptions, create};
+pub use driver::Qcow2Driver;
+pub use image::Options;

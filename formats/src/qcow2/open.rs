@@ -1,0 +1,161 @@
+//! Opening an image: header first, then the two tables that stay in memory.
+//!
+//! Nothing is allocated before the header's bounds are checked; damaged entries of the tables do
+//! not stop an open, they give errors where they are used.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+
+use liveblk_engine::Result;
+use liveblk_engine::executor::Core;
+use liveblk_engine::executor::sync::{Mutex, Notify};
+use liveblk_engine::format::OpenImage;
+use liveblk_engine::lease::Epochs;
+use liveblk_engine::storage::Storage;
+
+use super::cache::{Cache, IntMap};
+use super::header::Header;
+use super::image::{Image, Options};
+use super::layout::{COPIED, ENTRY_BYTES, Geometry, OFFSET_MASK, REFTABLE_MASK};
+use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
+use crate::limits::{
+    CACHE_SLICES_MIN, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES, TABLE_PIECE,
+};
+
+/// Bytes that are read to learn the cluster size.
+const FIRST_READ: u64 = 4096;
+
+/// Reads and validates the header.
+pub(super) async fn read_header(core: &Core, storage: &Storage) -> Result<Header> {
+    let size = storage.size();
+    let first = read(core, storage, 0, size.min(FIRST_READ)).await?;
+    // The field is read again, and checked, by `parse`; here it only says how much to read.
+    let bits = first.get(20..24).and_then(|field| field.try_into().ok()).map(u32::from_be_bytes);
+    let cluster = 1_u64 << bits.filter(|bits| *bits <= 21).unwrap_or(9);
+    let bytes = if cluster > FIRST_READ && size > FIRST_READ {
+        read(core, storage, 0, cluster.min(size)).await?
+    } else {
+        first
+    };
+    let parsed = Header::parse(&bytes, size);
+    parsed.map_err(|reason| reason.error("open").on(storage.name()))
+}
+
+/// Reads `len` bytes at `offset`.
+pub(super) async fn read(core: &Core, storage: &Storage, offset: u64, len: u64) -> Result<Vec<u8>> {
+    let buf = core.pool().zeroed(usize::try_from(len).unwrap_or(0));
+    storage.read(offset, buf.clone()).await?;
+    Ok(buf.to_vec())
+}
+
+/// Reads a table of `entries` words at `offset`.
+pub(super) async fn read_words(
+    core: &Core,
+    storage: &Storage,
+    offset: u64,
+    entries: u64,
+) -> Result<Vec<u64>> {
+    let mut words = Vec::with_capacity(usize::try_from(entries).unwrap_or(0));
+    let (mut at, end) = (offset, offset + entries * ENTRY_BYTES);
+    while at < end {
+        let bytes = read(core, storage, at, (end - at).min(TABLE_PIECE as u64)).await?;
+        words.extend((0..bytes.len() / 8).map(|index| word(&bytes, index)));
+        at += bytes.len() as u64;
+    }
+    Ok(words)
+}
+
+/// Opens the image.
+pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>> {
+    let OpenImage { core, storage, filename, writable, .. } = open;
+    let header = read_header(&core, &storage).await?;
+    let name = filename.to_string_lossy().into_owned();
+    let checked = header.check_features(writable, &filename);
+    checked.map_err(|reason| reason.error("open").on(&name))?;
+    let geometry = header.geometry;
+    let l1 = read_words(&core, &storage, header.l1_offset, header.l1_size.into()).await?;
+    let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
+    let reftable = read_words(&core, &storage, header.reftable_offset, entries).await?;
+    let metadata = metadata_of(&header, &l1, &reftable);
+    let last = metadata.keys().copied().max().unwrap_or(0);
+    let file_end = geometry.clusters(storage.size());
+    // Absurd table entries must not move the end; using them gives an error anyway.
+    let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
+    let end = if last < sane { file_end.max(last + 1) } else { file_end };
+    let state = State {
+        geometry,
+        header,
+        writable,
+        health: Health::Good,
+        l1,
+        l1_dirty: BTreeSet::new(),
+        reftable,
+        reftable_dirty: BTreeSet::new(),
+        l2: cache(L2_CACHE_BYTES, geometry),
+        refs: cache(REFCOUNT_CACHE_BYTES, geometry),
+        metadata,
+        pending: BTreeMap::new(),
+        writes: IntMap::default(),
+        next_token: 1,
+        allocator: Allocator { end, ..Allocator::default() },
+        loading: BTreeSet::new(),
+        unlinked: Vec::new(),
+        quarantine: VecDeque::new(),
+        released: Vec::new(),
+        flushes: FlushRuns { started: 0, finished: 0, running: false, own: false, result: Ok(()) },
+        write_outs: 0,
+    };
+    let image = Rc::new_cyclic(|me| Image {
+        me: me.clone(),
+        growth: Mutex::new(&core, ()),
+        tables: Mutex::new(&core, ()),
+        header_writes: Mutex::new(&core, ()),
+        pending_ended: Notify::new(&core),
+        loaded: Notify::new(&core),
+        flushed: Notify::new(&core),
+        core,
+        storage,
+        filename,
+        geometry,
+        options,
+        epochs: Epochs::new(),
+        state: RefCell::new(state),
+    });
+    if writable {
+        image.become_writable().await?;
+    }
+    Ok(image)
+}
+
+fn cache(bytes: u64, geometry: Geometry) -> Cache {
+    let slices = usize::try_from(bytes / geometry.slice_bytes()).unwrap_or(usize::MAX);
+    Cache::new(slices.max(CACHE_SLICES_MIN))
+}
+
+/// Which clusters hold metadata. Where two claim one cluster, the first keeps it and the use of the
+/// other is an error.
+fn metadata_of(header: &Header, l1: &[u64], reftable: &[u64]) -> IntMap<Meta> {
+    let geometry = header.geometry;
+    let mut map: IntMap<Meta> = IntMap::default();
+    let mut claim = |offset: u64, bytes: u64, meta: Meta| {
+        let first = geometry.host_cluster(offset).0;
+        for cluster in first..first + geometry.clusters(bytes) {
+            map.entry(cluster).or_insert(meta);
+        }
+    };
+    claim(0, geometry.cluster(), Meta::Header);
+    let table = u64::from(header.reftable_clusters) << geometry.cluster_bits;
+    claim(header.reftable_offset, table, Meta::RefTable);
+    claim(header.l1_offset, u64::from(header.l1_size) * ENTRY_BYTES, Meta::L1);
+    for (index, raw) in reftable.iter().enumerate().filter(|(_, raw)| **raw != 0) {
+        claim(raw & REFTABLE_MASK, 1, Meta::RefBlock(index as u64));
+    }
+    for (index, raw) in l1.iter().enumerate() {
+        let host = raw & OFFSET_MASK & !COPIED;
+        if host != 0 {
+            claim(host, 1, Meta::L2(index as u64));
+        }
+    }
+    map
+}

@@ -1,0 +1,70 @@
+//! Giving freed clusters back to the allocator.
+//!
+//! Order: (1) the unlink is durable (`flush` moves the cluster into quarantine and retires the
+//! epoch); (2) every lease of that epoch or an older one is gone; (3) the space is punched, if
+//! asked for; (4) the refcount is decreased in memory, from now on the cluster can be taken. What
+//! a crash interrupts is a leak.
+
+use std::rc::Rc;
+
+use super::image::Image;
+use super::layout::{HostCluster, Run};
+use crate::reason::Reason;
+
+impl Image {
+    /// Frees what may be freed now.
+    pub(super) async fn reclaim(self: Rc<Self>) {
+        loop {
+            let runs = {
+                let mut state = self.state.borrow_mut();
+                let ready = state
+                    .quarantine
+                    .front()
+                    .is_some_and(|(epoch, _)| self.epochs.quiesced(*epoch));
+                match state.quarantine.pop_front_if(|_| ready) {
+                    Some((_, runs)) => runs,
+                    None if state.released.is_empty() => return,
+                    None => std::mem::take(&mut state.released),
+                }
+            };
+            for run in runs {
+                self.free(run).await;
+            }
+        }
+    }
+
+    async fn free(self: &Rc<Self>, run: Run) {
+        if self.options.discard_unmap {
+            for cluster in run.clusters() {
+                if self.last_reference(cluster).await {
+                    let host = self.geometry.host(cluster);
+                    // Only an optimisation: without it the space is reused later.
+                    let _ = self.storage.discard(host, self.geometry.cluster()).await;
+                }
+            }
+        }
+        for cluster in run.clusters() {
+            let (slice, _) = self.state.borrow().ref_position(cluster);
+            if let Err(error) = self.load_ref_slice(slice).await {
+                tracing::warn!(%error, cluster = cluster.0, "cluster stays allocated");
+                continue;
+            }
+            let count = self.state.borrow().refcount(cluster).unwrap_or(0);
+            if count == 0 {
+                self.mark_corrupt(&Reason::Refcount(self.geometry.host(cluster)));
+                continue;
+            }
+            let mut state = self.state.borrow_mut();
+            state.set_refcount(cluster, count - 1);
+            if count == 1 {
+                state.note_free(cluster);
+            }
+        }
+    }
+
+    async fn last_reference(self: &Rc<Self>, cluster: HostCluster) -> bool {
+        let (slice, _) = self.state.borrow().ref_position(cluster);
+        self.load_ref_slice(slice).await.is_ok()
+            && self.state.borrow().refcount(cluster) == Some(1)
+    }
+}

@@ -1,0 +1,194 @@
+//! raw: the disk is the file, or a part of it. The smallest example of a format.
+//!
+//! There is no metadata: nothing misses, nothing waits, every write is in place. Never chosen by
+//! probing; only a caller that says "raw" gets it.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use liveblk_engine::address::{GuestOffset, GuestRange, HostOffset};
+use liveblk_engine::buf::Buf;
+use liveblk_engine::executor::Core;
+use liveblk_engine::format::{
+    BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo, LocalFuture,
+    Mapping, MissId, OpenImage, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+};
+use liveblk_engine::lease::Lease;
+use liveblk_engine::storage::Storage;
+use liveblk_engine::{Error, ErrorKind, Result};
+
+use crate::reason::Reason;
+
+/// Opens and creates raw images.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RawDriver;
+
+struct Raw {
+    storage: Storage,
+    offset: u64,
+    /// Set if the caller named a size; then it cannot change.
+    fixed: Option<u64>,
+    writable: Cell<bool>,
+}
+
+impl Raw {
+    fn open(open: OpenImage) -> Result<Self> {
+        let file = open.storage.size();
+        let size = open.raw_size.unwrap_or(0);
+        if open.raw_offset.checked_add(size).is_none_or(|end| end > file) {
+            let reason = Reason::RawRange { offset: open.raw_offset, size, file };
+            return Err(reason.error("open").on(&open.filename.to_string_lossy()));
+        }
+        let writable = Cell::new(open.writable);
+        let fixed = open.raw_size;
+        Ok(Self { storage: open.storage, offset: open.raw_offset, fixed, writable })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.fixed.unwrap_or_else(|| self.storage.size().saturating_sub(self.offset))
+    }
+
+    /// Where a range that is about to be changed lies in the file.
+    fn target(&self, range: GuestRange, op: &'static str) -> Result<HostOffset> {
+        if !self.writable.get() {
+            return Err(Error::new(ErrorKind::ReadOnly, op));
+        }
+        if range.end().bytes() > self.bytes() || range.is_empty() {
+            return Err(Error::new(ErrorKind::OutOfRange, op).at(range.start.bytes()));
+        }
+        Ok(HostOffset::new(self.offset + range.start.bytes()))
+    }
+}
+
+impl Format for Raw {
+    fn driver(&self) -> &'static str {
+        "raw"
+    }
+
+    fn size(&self) -> u64 {
+        self.bytes()
+    }
+
+    fn cluster_size(&self) -> u64 {
+        1
+    }
+
+    fn data_storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    fn resolve(&self, range: GuestRange, extents: &mut Extents) -> Option<Lease> {
+        extents.clear();
+        let host = HostOffset::new(self.offset).plus(range.start.bytes());
+        extents.push(Extent { len: range.len, mapping: Mapping::Data(host) });
+        None
+    }
+
+    fn load(&self, _: MissId) -> LocalFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>> {
+        let error = Error::new(ErrorKind::Unsupported, "read a compressed cluster").at(at.bytes());
+        Box::pin(async { Err(error) })
+    }
+
+    fn begin_write(&self, range: GuestRange) -> Result<WriteStep> {
+        let host = self.target(range, "write")?;
+        let guard = WriteGuard::in_place(None);
+        let len = range.len;
+        Ok(WriteStep::Ready(WritePiece { len, host, head: 0, tail: 0, fill: Fill::Zero, guard }))
+    }
+
+    fn begin_zero(&self, range: GuestRange, _: ZeroMode) -> Result<ZeroStep> {
+        let host = self.target(range, "write zeroes")?;
+        Ok(ZeroStep::Storage { len: range.len, host, guard: WriteGuard::in_place(None) })
+    }
+
+    fn pending(&self, _: MissId) -> LocalFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<()>> {
+        if !self.writable.get() {
+            return Box::pin(async { Ok(()) });
+        }
+        Box::pin(self.storage.flush())
+    }
+
+    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        Box::pin(async move {
+            if self.fixed.is_some() {
+                return Err(Reason::RawFixed.error("resize").on(self.storage.name()));
+            }
+            if !self.writable.get() {
+                return Err(Error::new(ErrorKind::ReadOnly, "resize"));
+            }
+            let Some(end) = self.offset.checked_add(size) else {
+                return Err(Error::new(ErrorKind::InvalidArgument, "resize"));
+            };
+            self.storage.truncate(end).await
+        })
+    }
+
+    fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>> {
+        Box::pin(async move {
+            if !writable {
+                self.flush().await?;
+            }
+            self.writable.set(writable);
+            Ok(())
+        })
+    }
+
+    fn info(&self) -> ImageInfo {
+        ImageInfo { virtual_size: self.bytes(), ..ImageInfo::default() }
+    }
+
+    fn set_backing(&self, _: Option<BackingRef>) -> LocalFuture<'_, Result<()>> {
+        let error = Reason::NoBackingSupport("raw").error("change the backing reference");
+        Box::pin(async { Err(error) })
+    }
+
+    fn close(&self) -> LocalFuture<'_, Result<()>> {
+        self.flush()
+    }
+}
+
+impl Driver for RawDriver {
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn supports_backing(&self) -> bool {
+        false
+    }
+
+    fn recognises(&self, _: &[u8]) -> bool {
+        false
+    }
+
+    fn open(&self, open: OpenImage) -> LocalFuture<'static, Result<Rc<dyn Format>>> {
+        Box::pin(async move {
+            let format: Rc<dyn Format> = Rc::new(Raw::open(open)?);
+            Ok(format)
+        })
+    }
+
+    fn create(
+        &self,
+        _: Core,
+        storage: Storage,
+        create: CreateImage,
+    ) -> LocalFuture<'static, Result<()>> {
+        Box::pin(async move {
+            if create.backing.is_some() {
+                let reason = Reason::NoBackingSupport("raw");
+                return Err(reason.error("create").on(storage.name()));
+            }
+            storage.truncate(0).await?;
+            storage.truncate(create.size).await?;
+            storage.flush().await
+        })
+    }
+}

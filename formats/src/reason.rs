@@ -1,0 +1,290 @@
+//! Why an image, a reference or an operation was refused: the texts that people read.
+//!
+//! Where qemu-storage-daemon has a text for the same case, the text is the same, so that scripts
+//! that look for it go on working. Each reason converts into an engine error of a fixed kind.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use liveblk_engine::{Error, ErrorKind};
+
+/// A reason for a refusal; Display is the whole text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The magic bytes are missing.
+    NotQcow2,
+    /// The file ends inside the header.
+    HeaderUnreadable,
+    /// Neither version 2 nor 3.
+    Version(u32),
+    /// `cluster_bits` out of range.
+    ClusterBits(u32),
+    /// `header_length` below the fixed fields.
+    HeaderShort,
+    /// `header_length` above the cluster size.
+    HeaderLong,
+    /// `header_length` is not a multiple of 8.
+    HeaderLength(u32),
+    /// The backing name does not start in the first cluster.
+    BackingOffset,
+    /// The backing name is too long.
+    BackingName,
+    /// The backing name is not UTF-8.
+    BackingEncoding,
+    /// A header extension does not fit.
+    Extension,
+    /// Features that are unknown or not handled, by name.
+    Features(String),
+    /// The dirty bit is set and the image should be writable.
+    Dirty(PathBuf),
+    /// The corrupt bit is set and the image should be writable.
+    CorruptBit,
+    /// The data is in another file.
+    DataFile,
+    /// The compression type and its feature bit contradict each other.
+    CompressionBit {
+        /// Whether the bit is set.
+        set: bool,
+    },
+    /// An unknown compression type.
+    CompressionType(u8),
+    /// A known compression type that cannot be decompressed here.
+    CompressionUnsupported,
+    /// Extended L2 entries.
+    ExtendedL2,
+    /// `refcount_order` above 6.
+    RefcountOrder,
+    /// A known encryption method.
+    Encrypted(&'static str),
+    /// An unknown encryption method.
+    Encryption(u32),
+    /// `refcount_table_clusters` is 0.
+    NoRefcountTable,
+    /// A table is larger than allowed.
+    TableLarge(&'static str),
+    /// A table's offset cannot be.
+    TableOffset(&'static str),
+    /// More than 2^31 L1 entries would be needed.
+    SizeTooBig,
+    /// The L1 table does not cover the virtual size.
+    L1Small,
+    /// Internal snapshots and the image should be writable.
+    Snapshots(u32),
+    /// A compressed cluster was to be read or written.
+    CompressedCluster(u64),
+    /// An entry of a table that cannot be (table, offset of the guest or index).
+    BadEntry(&'static str, u64, u64),
+    /// A guest write would have hit metadata (host offset).
+    Overlap(u64),
+    /// The image was marked corrupt while open.
+    MarkedCorrupt,
+    /// The refcount of a cluster would overflow or underflow (host offset).
+    Refcount(u64),
+    /// The image cannot grow further.
+    TableFull,
+    /// Shrinking would have to free clusters.
+    Shrink,
+    /// The new size is not a multiple of 512.
+    SizeAlignment,
+    /// A cluster size that cannot be created.
+    CreateClusterSize,
+    /// The backing name does not fit in the header.
+    HeaderFull,
+    /// A format does not have a backing reference.
+    NoBackingSupport(&'static str),
+    /// The raw range lies outside the file.
+    RawRange {
+        /// Requested offset.
+        offset: u64,
+        /// Requested size.
+        size: u64,
+        /// Bytes the file has.
+        file: u64,
+    },
+    /// The raw range has a fixed size.
+    RawFixed,
+    /// A header reference with a protocol.
+    ReferenceProtocol(String),
+    /// A header reference outside the allowed folders.
+    ReferenceOutside {
+        /// The image whose header holds it.
+        image: PathBuf,
+        /// The path it leads to.
+        path: PathBuf,
+    },
+    /// A header reference while the policy is `explicit`.
+    ReferenceExplicit {
+        /// The image whose header holds it.
+        image: PathBuf,
+        /// The path it leads to.
+        path: PathBuf,
+    },
+}
+
+impl Reason {
+    /// The class of error this reason stands for.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Features(_)
+            | Self::Version(_)
+            | Self::DataFile
+            | Self::ExtendedL2
+            | Self::CompressionUnsupported
+            | Self::Encrypted(_)
+            | Self::Encryption(_)
+            | Self::Dirty(_)
+            | Self::Snapshots(_)
+            | Self::Shrink
+            | Self::NoBackingSupport(_)
+            | Self::RawFixed => ErrorKind::Unsupported,
+            Self::CompressedCluster(_) => ErrorKind::Io(5),
+            Self::SizeAlignment
+            | Self::CreateClusterSize
+            | Self::HeaderFull
+            | Self::RawRange { .. }
+            | Self::NotQcow2 => ErrorKind::InvalidArgument,
+            Self::TableFull => ErrorKind::NoSpace,
+            Self::ReferenceProtocol(_)
+            | Self::ReferenceOutside { .. }
+            | Self::ReferenceExplicit { .. } => ErrorKind::PolicyRefused,
+            _ => ErrorKind::Corrupt,
+        }
+    }
+
+    /// The engine error that carries this reason.
+    #[must_use]
+    pub fn error(self, op: &'static str) -> Error {
+        Error::new(self.kind(), op).with_source(self)
+    }
+}
+
+impl std::error::Error for Reason {}
+
+impl fmt::Display for Reason {
+    #[expect(clippy::too_many_lines, reason = "one table of texts")]
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match self {
+            Self::NotQcow2 => "Image is not in qcow2 format",
+            Self::HeaderUnreadable => "Could not read qcow2 header",
+            Self::Version(version) => return write!(f, "Unsupported qcow2 version {version}"),
+            Self::ClusterBits(bits) => return write!(f, "Unsupported cluster size: 2^{bits}"),
+            Self::HeaderShort => "qcow2 header too short",
+            Self::HeaderLong => "qcow2 header exceeds cluster size",
+            Self::HeaderLength(len) => {
+                return write!(f, "qcow2 header length {len} is not a multiple of 8");
+            }
+            Self::BackingOffset => "Invalid backing file offset",
+            Self::BackingName => "Backing file name too long",
+            Self::BackingEncoding => "Backing file name is not valid UTF-8",
+            Self::Extension => "Header extension too large",
+            Self::Features(names) => return write!(f, "Unsupported qcow2 feature(s): {names}"),
+            Self::Dirty(path) => {
+                return write!(
+                    f,
+                    "qcow2: Image is marked dirty; repair it with 'qemu-img check -r all {}' \
+                     before it is opened read/write",
+                    path.display()
+                );
+            }
+            Self::CorruptBit => "qcow2: Image is corrupt; cannot be opened read/write",
+            Self::DataFile => "Unsupported qcow2 feature(s): external data file",
+            Self::CompressionBit { set: true } => {
+                "qcow2: Compression type incompatible feature bit must not be set"
+            }
+            Self::CompressionBit { set: false } => {
+                "qcow2: Compression type incompatible feature bit must be set"
+            }
+            Self::CompressionType(kind) => {
+                return write!(f, "qcow2: unknown compression type: {kind}");
+            }
+            Self::CompressionUnsupported => "Unsupported qcow2 feature(s): zstd compression",
+            Self::ExtendedL2 => "Unsupported qcow2 feature(s): extended L2 entries",
+            Self::RefcountOrder => "Reference count entry width too large; may not exceed 64 bits",
+            Self::Encrypted(name) => {
+                return write!(f, "Unsupported qcow2 feature(s): {name} encryption");
+            }
+            Self::Encryption(method) => {
+                return write!(f, "Unsupported encryption method {method}");
+            }
+            Self::NoRefcountTable => "Image does not contain a reference count table",
+            Self::TableLarge(table) => return write!(f, "{table} too large"),
+            Self::TableOffset(table) => return write!(f, "{table} offset invalid"),
+            Self::SizeTooBig => "Image is too big",
+            Self::L1Small => "L1 table is too small",
+            Self::Snapshots(count) => {
+                return write!(
+                    f,
+                    "qcow2: Image has {count} internal snapshot(s); it can only be opened \
+                     read-only"
+                );
+            }
+            Self::CompressedCluster(offset) => {
+                return write!(f, "Compressed cluster at guest offset {offset:#x} is not supported");
+            }
+            Self::BadEntry(table, at, entry) => {
+                return write!(f, "qcow2: Image is corrupt: {table} entry {entry:#x} at {at:#x}");
+            }
+            Self::Overlap(host) => {
+                return write!(
+                    f,
+                    "qcow2: Image is corrupt: guest data at host offset {host:#x} overlaps metadata"
+                );
+            }
+            Self::MarkedCorrupt => "qcow2: Image is corrupt; no further writes are possible",
+            Self::Refcount(host) => {
+                return write!(
+                    f,
+                    "qcow2: Image is corrupt: wrong refcount of the cluster at {host:#x}"
+                );
+            }
+            Self::TableFull => "qcow2: The refcount table cannot grow any further",
+            Self::Shrink => "qcow2: Shrinking would discard allocated clusters: not supported",
+            Self::SizeAlignment => "The new size must be a multiple of 512",
+            Self::CreateClusterSize => {
+                "Cluster size must be a power of two between 512 and 2048k"
+            }
+            Self::HeaderFull => "Header extensions and backing file name do not fit in a cluster",
+            Self::NoBackingSupport(driver) => {
+                return write!(f, "Driver '{driver}' does not support backing files");
+            }
+            Self::RawRange { offset, size, file } => {
+                return write!(
+                    f,
+                    "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
+                     the actual size of the containing file ({file})"
+                );
+            }
+            Self::RawFixed => "Cannot resize fixed-size raw disks",
+            other => return other.fmt_reference(f),
+        };
+        f.write_str(text)
+    }
+}
+
+impl Reason {
+    fn fmt_reference(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ReferenceProtocol(name) => write!(
+                f,
+                "Backing reference '{name}' is not a plain file name; protocols and json: in a \
+                 header are never followed, name the node explicitly"
+            ),
+            Self::ReferenceOutside { image, path } => write!(
+                f,
+                "'{}' refers to '{}', which is outside the folder of the image; allow it with \
+                 --allow-dir DIR or --header-refs=any, or name the node explicitly",
+                image.display(),
+                path.display()
+            ),
+            Self::ReferenceExplicit { image, path } => write!(
+                f,
+                "'{}' refers to '{}', but references in headers are not followed; use \
+                 --header-refs=same-dir, --header-refs=any or --allow-dir DIR, or name the node \
+                 explicitly",
+                image.display(),
+                path.display()
+            ),
+            _ => Ok(()),
+        }
+    }
+}
