@@ -220,12 +220,7 @@ fn sizes(source: &Source) -> Vec<Finding> {
     if source.is_product() && count > FILE_LINES_MAX {
         findings.push(format!("{}: {count} lines, the limit is {FILE_LINES_MAX}", source.path));
     }
-    for (n, line) in source.text.lines().enumerate() {
-        let columns = line.chars().count();
-        if columns > LINE_COLUMNS_MAX {
-            findings.push(format!("{}:{}: {columns} columns", source.path, n + 1));
-        }
-    }
+    findings.extend(wide_lines(source));
     if source.is_product() {
         for (line, length) in functions(source.product_text()) {
             if length > FUNCTION_LINES_MAX {
@@ -241,6 +236,28 @@ fn header(source: &Source) -> Vec<Finding> {
         return Vec::new();
     }
     vec![format!("{}: the first line is no `//!` header", source.path)]
+}
+
+/// A test's name is a sentence, the attribute says already that it is a test.
+fn test_names(source: &Source) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (n, line) in code_of(&source.text).lines().enumerate() {
+        if starts_function(line) && line.contains("fn test_") {
+            findings.push(format!("{}:{}: a name with test_", source.path, n + 1));
+        }
+    }
+    findings
+}
+
+fn wide_lines(source: &Source) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (n, line) in source.text.lines().enumerate() {
+        let columns = line.chars().count();
+        if columns > LINE_COLUMNS_MAX {
+            findings.push(format!("{}:{}: {columns} columns", source.path, n + 1));
+        }
+    }
+    findings
 }
 
 fn unfinished_marks() -> Vec<String> {
@@ -423,6 +440,12 @@ fn every_source(rule: fn(&Source) -> Vec<Finding>) {
 #[test]
 fn files_functions_and_lines_keep_their_limits() {
     every_source(sizes);
+    demand(sources("py").iter().flat_map(wide_lines).collect());
+}
+
+#[test]
+fn names_of_tests_are_sentences() {
+    every_source(test_names);
 }
 
 #[test]
@@ -541,6 +564,8 @@ fn planted_text_is_found() {
         assert!(determinism(&planted("control/src/x.rs", text)).is_empty());
     }
     assert!(determinism(&file("// Instant::now is not for us\n")).is_empty());
+    assert_eq!(test_names(&file("fn test_it() {}\n")).len(), 1);
+    assert!(test_names(&file("fn tested() {}\n")).is_empty());
     let root_file = |text: &str| planted("formats/src/qcow2/mod.rs", text);
     assert_eq!(no_logic_in_roots(&root_file("//! h\npub fn f() {}\n")).len(), 1);
     assert!(no_logic_in_roots(&root_file("//! h\nmod a;\npub use a::f;\n")).is_empty());

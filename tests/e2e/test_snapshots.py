@@ -274,6 +274,48 @@ async def snapshot_of_a_node_with_nothing_attached_keeps_the_overlay(world):
     prove_latest(log, {0: await images.dump(b, world.path("b.raw"))}, FILLED)
 
 
+@case("ours")
+async def a_snapshot_on_a_full_disk_leaves_no_file_and_no_change(world):
+    small = await world.tmpfs("1m")
+    with open(os.path.join(small, "filler"), "wb") as f:
+        f.write(bytes(images.MIB - 65536 * 2))
+    d, uris = await two_disks(world)
+    guest = await world.guest(*uris, filled=FILLED)
+    await guest.run(rate=3000)
+    before = await graph(d)
+    for i in (0, 1):
+        action = snapshot_action(world, i, **{
+            "snapshot-file": os.path.join(small, "over.qcow2")})
+        text = (await d.refused("blockdev-snapshot-sync", action["data"]))[1]
+        assert "No space left on device" in text and "over.qcow2" in text, text
+        await d.refused("transaction", actions=[snapshot_action(world, 1 - i), action])
+        assert await graph(d) == before
+        assert os.listdir(small) == ["filler"], os.listdir(small)
+        assert not [name for name in files(world) if name.startswith("b")], files(world)
+    await guest.progress()
+    await guest.stop()
+    await guest.verify()
+    await d.quit()
+
+
+@case("ours")
+async def an_overlay_made_here_in_another_folder_opens_again_by_its_header(world):
+    os.mkdir(world.path("elsewhere"))
+    over = world.path("elsewhere", "over.qcow2")
+    a = await images.filled(world.path("a.qcow2"), SIZE, FILLED)
+    d = await world.daemon()
+    await d.add_qcow2("node-A", a)
+    await d.cmd("blockdev-snapshot-sync", node_name="node-A", snapshot_file=over,
+                snapshot_node_name="node-B")
+    await d.cmd("blockdev-del", node_name="node-B")
+    await d.cmd("blockdev-del", node_name="node-A")
+    await d.add_qcow2("again", over)
+    guest = await world.guest(await d.export("again"), filled=FILLED)
+    await guest.verify()
+    await guest.end()
+    await d.quit()
+
+
 # -- target size --------------------------------------------------------------------------------
 async def other_size(world, size):
     a = await images.filled(world.path("a.qcow2"), SIZE, FILLED)
