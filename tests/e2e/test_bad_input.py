@@ -93,11 +93,8 @@ async def raw_answers(bench, texts, negotiate=True):
     return lines
 
 
-def raw_args(world):
-    """A second monitor, to be spoken byte by byte (relative path: the daemon runs in its folder)."""
-    del world
-    return ("--chardev", "socket,id=mon1,path=raw.qmp,server=on,wait=off",
-            "--monitor", "chardev=mon1")
+# a second monitor, to be spoken byte by byte (the path is relative to the daemon's folder)
+RAW = ("--chardev", "socket,id=mon1,path=raw.qmp,server=on,wait=off", "--monitor", "chardev=mon1")
 
 
 @case("pair")
@@ -114,7 +111,7 @@ async def malformed_json_gets_the_error_of_the_peer(world):
              '{"execute":"no-such-command","id":7}', '{"execute":""}',
              '{"exec-oob":"query-version"}', '{"execute":"qmp_capabilities"}',
              '{"execute":"query-version"} {"execute":"query-commands"}', '', '   ']
-    await same_answers(world, lambda b: raw_answers(b, texts), *raw_args(world))
+    await same_answers(world, lambda b: raw_answers(b, texts), *RAW)
 
 
 @case("pair")
@@ -132,12 +129,12 @@ async def before_negotiation_every_command_is_refused_as_the_peer_does(world):
                          '{"execute":"qmp_capabilities"}'):
                 lines.append(json.dumps(await monitor.say(text), sort_keys=True))
         return lines
-    await same_answers(world, script, *raw_args(world))
+    await same_answers(world, script, *RAW)
 
 
 @case("both")
 async def hostile_bytes_do_not_end_the_monitor(world):
-    bench = await Bench().start(world, *raw_args(world))
+    bench = await Bench().start(world, *RAW)
     texts = [b"\xff", b'{"execute":"query-version\xff"}', b"[" * 1100 + b"]" * 1100,
              b'{"execute":"\x00"}', b'"\\ud800"', b"[" * 3000, b"\xff" * 100]
     for text in texts:

@@ -322,7 +322,8 @@ async def nbdsh_and_fio_style_clients_work_over_tcp(world):
     await d.add_qcow2("a", a)
     await d.export("a")
     uri = f"nbd://127.0.0.1:{port}/disk"
-    _, out, _ = await images.tool(sys.executable, "-m", "nbd", "-u", uri, "-c", "print(h.get_size())",
+    _, out, _ = await images.tool(sys.executable, "-m", "nbd", "-u", uri,
+                                  "-c", "print(h.get_size())",
                                   "-c", "h.pwrite(b'y' * 512, 0, nbd.CMD_FLAG_FUA)",
                                   "-c", "print(h.pread(2, 0))")
     assert out.split("\n")[0] == str(SIZE) and "yy" in out, out

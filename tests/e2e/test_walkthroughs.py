@@ -306,7 +306,7 @@ async def mirror_with_sync_none_copies_new_writes_only(world):
 
 # -- life cycle ---------------------------------------------------------------------------------
 async def lifecycle(world):
-    """Pause, speed, manual finalize and dismiss, forced cancel: all verbs that walkthroughs miss."""
+    """Pause, speed, manual finalize and dismiss, forced cancel: the verbs left out above."""
     a = await images.filled(world.path("a.qcow2"), SIZE, FILLED)
     d = await world.daemon()
     await d.add_qcow2("node-A", a)

@@ -153,7 +153,7 @@ def initial(block, filled):
 
 
 def prove_cut(log, images, t1, t2, filled=0):
-    """Shows that the raw files `images` {disk: path} are one cut in [t1, t2]; says what is wrong."""
+    """Shows that the raw files `images` {disk: path} are one cut in [t1, t2]."""
     newest_inside, oldest_outside = (0, "nothing"), (1 << 63, "nothing")
     for disk, raw in images.items():
         table = log.by_block(disk)

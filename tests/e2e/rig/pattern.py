@@ -25,7 +25,7 @@ def run_bytes(disk, seq, block, count):
 
 
 def sequence_of(data, disk, block):
-    """The sequence number in `data`, None for zeroes; ValueError when torn, foreign or misplaced."""
+    """The write in `data`, None for zeroes; ValueError when torn, foreign or misplaced."""
     if data == ZERO:
         return None
     magic, found_disk, _, seq, found_block = RECORD.unpack_from(data)
