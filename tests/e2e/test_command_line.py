@@ -19,7 +19,9 @@ FILLED = images.blocks(SIZE) // 2
 async def told(kind, *args, timeout=20):
     """(exit status, stderr with the program's name replaced)."""
     code, out, err = await images.tool(kind.path, *args, check=False, timeout=timeout)
-    return code, re.sub(rf"^{re.escape(kind.name)}:", "PROG:", err, flags=re.M), out
+    # getopt prints the program as it was called, the rest its base name
+    names = rf"^({re.escape(kind.path)}|{re.escape(kind.name)}):"
+    return code, re.sub(names, "PROG:", err, flags=re.M), out
 
 
 WRONG = [

@@ -345,7 +345,8 @@ async def fio_verifies_a_disk_that_is_mirrored_under_it(world):
     fio = asyncio.create_task(images.tool(
         "fio", "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw", "--bs=4k,16k",
         "--size=24m", "--io_size=48m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1",
-        "--verify_backlog=256", "--output-format=terse", timeout=100))
+        "--verify_backlog=256", "--verify_state_save=0",
+        "--output-format=terse", timeout=100))
     await d.cmd("blockdev-mirror", device="a", target="e", sync="full", job_id="j",
                 speed=16 * images.MIB)
     await d.wait_event("BLOCK_JOB_READY", device="j")
