@@ -1,1 +1,39 @@
-//! liveblk-jobs.
+//! The jobs of liveblk: mirror, backup, snapshots and transactions of them, under live guests.
+//!
+//! Modules, from the bottom up:
+//! - [`lifecycle`], [`rate`], [`progress`], [`region`]: pure parts;
+//! - [`event`], [`error`], [`spec`], [`limits`]: what goes in and out;
+//! - `copy`: the one copy loop;
+//! - [`mirror`], [`backup`]: jobs, policy over that loop;
+//! - [`snapshot`], [`transaction`]: changes of the graph, atomic over disks and cores;
+//! - [`manager`]: ids, verbs, queries, how jobs end together.
+//!
+//! Knows neither QMP nor formats; everything stays on the core of the source.
+
+#![forbid(unsafe_code)]
+
+pub mod backup;
+mod copy;
+pub mod error;
+pub mod event;
+mod job;
+pub mod lifecycle;
+pub mod limits;
+pub mod manager;
+pub mod mirror;
+pub mod progress;
+pub mod rate;
+pub mod region;
+pub mod spec;
+mod start;
+mod txn;
+
+pub use backup::start_backup;
+pub use error::{JobError, SnapshotError};
+pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};
+pub use job::Job;
+pub use lifecycle::{Status, Verb};
+pub use manager::JobManager;
+pub use mirror::start_mirror;
+pub use spec::{BackupSpec, CopyMode, JobOptions, MirrorSpec, OnError, SyncMode};
+pub use txn::JobTxn;

@@ -1,0 +1,115 @@
+//! Backup: the source as it was at the start, while guests go on writing.
+//!
+//! Order rules:
+//! 1. the start is a cut: everything is dirty and the hook is in before the first write passes;
+//! 2. the hook runs under the node's claim, before the data: it lets the write go when the old
+//!    content of every granule it touches is in memory or copied; 3. a copy clears the bits before it
+//!    reads; 4. the target is durable before the end is announced.
+//!
+//! A target that fails never reaches the guest. Old content that a guest overwrote is written again
+//! by the policy of the job as long as the reserve holds it; beyond that the job fails.
+
+use std::rc::Rc;
+
+use liveblk_engine::address::GuestRange;
+use liveblk_engine::error::Result as EngineResult;
+use liveblk_engine::format::LocalFuture;
+use liveblk_engine::node::WriteHook;
+
+use crate::copy::{Copy, CopySetup, Plan};
+use crate::error::{JobError, Result};
+use crate::event::Kind;
+use crate::job::Job;
+use crate::limits::BACKUP_GRANULE_MIN;
+use crate::manager::JobManager;
+use crate::spec::{BackupSpec, SyncMode};
+use crate::start::{HookSlot, Prepared, check_free, use_nodes};
+use crate::txn::JobTxn;
+
+/// Starts a backup. When the future ends well, the point in time is in the past: every write
+/// answered before the call is in the backup, none sent after the end of the future is.
+///
+/// # Errors
+/// What cannot work, with the peer's texts; no job is left then.
+pub async fn start_backup(spec: BackupSpec) -> Result<Rc<Job>> {
+    prepare_backup(spec, &JobTxn::new())?.start().await
+}
+
+/// All of a start that comes before the cut.
+pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepared> {
+    spec.check()?;
+    let manager = JobManager::of(spec.source.core());
+    check_free(&manager, &spec.source, &spec.target)?;
+    let (source, target) = (spec.source.size(), spec.target.size());
+    if !(target == source || (spec.allow_larger_target && target > source)) {
+        return Err(JobError::SizesDifferBytes { source, target });
+    }
+    let job = manager.create(Kind::Backup, spec.job.clone(), txn)?;
+    job.set_nodes(spec.source.id(), spec.target.id());
+    let hold = match use_nodes(&job, &spec.source, &spec.target) {
+        Ok(hold) => hold,
+        Err(error) => {
+            manager.withdraw(&job);
+            return Err(error);
+        }
+    };
+    let copy = Copy::new(CopySetup {
+        job,
+        source: Rc::clone(&spec.source),
+        target: Rc::clone(&spec.target),
+        granularity: spec.target.cluster_size().max(BACKUP_GRANULE_MIN),
+        all_dirty: true,
+        whole_granules: true,
+        hold,
+    });
+    let hook: Rc<dyn WriteHook> = Rc::new(CopyBeforeWrite(Rc::clone(&copy)));
+    let slot = HookSlot::new(&spec.source, hook);
+    let inner = Rc::clone(&copy);
+    let body: LocalFuture<'static, Result<()>> = Box::pin(async move { run(inner, spec).await });
+    Ok(Prepared { copy, slot, body })
+}
+
+/// Lets a write go when the old content is safe.
+struct CopyBeforeWrite(Rc<Copy>);
+
+impl WriteHook for CopyBeforeWrite {
+    fn before_write(&self, range: GuestRange) -> Option<LocalFuture<'static, EngineResult<()>>> {
+        if !self.0.is_needed_before_write(range) {
+            return None;
+        }
+        let copy = Rc::clone(&self.0);
+        Some(Box::pin(async move {
+            copy.before_guest_write(range).await;
+            Ok(())
+        }))
+    }
+
+    fn after_write(&self, _: GuestRange) {}
+}
+
+async fn run(copy: Rc<Copy>, spec: BackupSpec) -> Result<()> {
+    copy.zero_tail().await?;
+    // Without a backing file the top layer is everything, as for the peer.
+    let top = spec.sync == SyncMode::Top && spec.source.has_backing();
+    if spec.sync == SyncMode::None {
+        return keep_old(&copy).await;
+    }
+    copy.plan(Plan { top, all_dirty: true }).await?;
+    copy.run_until_clean().await?;
+    copy.flush_target().await
+}
+
+/// Keeps what guests overwrite until the job is cancelled.
+async fn keep_old(copy: &Rc<Copy>) -> Result<()> {
+    let job = copy.job();
+    loop {
+        let changed = job.changed().wait();
+        copy.check()?;
+        if job.wants_pause() {
+            job.pause_point().await;
+        } else {
+            job.set_busy(false);
+            changed.await;
+        }
+    }
+}

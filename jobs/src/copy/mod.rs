@@ -1,0 +1,21 @@
+//! The one copy loop: what is dirty on a source goes to a target while guests write.
+//!
+//! Jobs give it policy (what is dirty at first, which hook marks it, when it is done); the loop
+//! plans, keeps a window of copies in flight, limits the rate, counts progress, answers failures by
+//! the job's policy, pauses between units and ends at once when the job is forced to.
+//!
+//! Order of one copy, which nothing may change:
+//! 1. claim the region; 2. clear its dirty bits; 3. read the source; 4. (copy-before-write: let
+//!    waiting guests go); 5. write the target; 6. on a failed read: set the bits again before the
+//!    region is free; on a failed write: keep the bytes and write again, or fail the job.
+//!
+//! A copy in flight is a task of its own that holds the use of the target: when the job is forced
+//! to end nobody waits for it, and the target stays in use until it has ended.
+
+mod chunk;
+mod plan;
+mod run;
+mod state;
+
+pub(crate) use self::plan::Plan;
+pub(crate) use self::state::{Copy, CopySetup};

@@ -1,0 +1,247 @@
+//! The loop: picks dirty runs, keeps the window full, paces, pauses; and copy-before-write.
+
+use std::rc::Rc;
+
+use liveblk_engine::address::GuestRange;
+use liveblk_engine::executor::Class;
+
+use super::chunk::Run;
+use super::state::Copy;
+use crate::error::{JobError, Result};
+use crate::limits::ZERO_UNIT;
+
+impl Copy {
+    /// Copies until nothing is dirty or in flight.
+    ///
+    /// # Errors
+    /// The failure that the policy reports; `Cancelled` when the job is forced to end. Copies may
+    /// still be in flight then.
+    pub(crate) async fn run_until_clean(self: &Rc<Self>) -> Result<()> {
+        self.run_while(|| true).await.map(|_| ())
+    }
+
+    /// As [`Copy::run_until_clean`], but stops starting copies when `wanted` says no (it is asked
+    /// after each change); true if everything is clean.
+    pub(crate) async fn run_while(self: &Rc<Self>, wanted: impl Fn() -> bool) -> Result<bool> {
+        let job = &self.job;
+        loop {
+            let changed = job.changed().wait();
+            self.check()?;
+            if job.wants_pause() {
+                if self.is_quiet() {
+                    job.pause_point().await;
+                } else {
+                    changed.await;
+                }
+                continue;
+            }
+            if self.is_clean() {
+                return Ok(true);
+            }
+            if !wanted() {
+                return Ok(false);
+            }
+            if !self.has_room() {
+                changed.await;
+                continue;
+            }
+            let wait = self.delay();
+            if wait > 0 {
+                job.nap(wait).await;
+                continue;
+            }
+            if !self.start_next() {
+                changed.await;
+            }
+        }
+    }
+
+    /// The last pass, with the gates of the source closed: copies what is left, then makes the
+    /// target durable. Neither paced nor paused.
+    ///
+    /// # Errors
+    /// The first failure; what was not copied is dirty again.
+    pub(crate) async fn last_pass(self: &Rc<Self>) -> liveblk_engine::Result<()> {
+        self.begin_last_pass();
+        self.pass_failure.take();
+        let result = self.last_copies().await;
+        self.end_last_pass();
+        result
+    }
+
+    async fn last_copies(self: &Rc<Self>) -> liveblk_engine::Result<()> {
+        use crate::event::Operation;
+        let cancelled =
+            || liveblk_engine::Error::new(liveblk_engine::ErrorKind::Cancelled, "finish mirror");
+        loop {
+            let changed = self.job.changed().wait();
+            if self.is_dead() {
+                return Err(cancelled());
+            }
+            let failure = self.pass_failure.borrow().as_ref().map(|(_, error)| error.clone());
+            if let Some(error) = failure {
+                if self.is_quiet() {
+                    return Err(error);
+                }
+                changed.await;
+                continue;
+            }
+            if self.is_clean() {
+                break;
+            }
+            if !(self.has_room() && self.start_next()) {
+                changed.await;
+            }
+        }
+        let flush = self.target.flush(self.origin());
+        match self.job.unless_dead(flush, || self.is_dead()).await {
+            None => Err(cancelled()),
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => {
+                self.pass_failure.borrow_mut().get_or_insert((Operation::Write, error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the target durable, as often as the policy wants.
+    ///
+    /// # Errors
+    /// As [`Copy::run_until_clean`].
+    pub(crate) async fn flush_target(&self) -> Result<()> {
+        loop {
+            let flush = self.target.flush(self.origin());
+            match self.job.unless_dead(flush, || self.is_dead()).await {
+                None => return self.check().and(Err(JobError::Cancelled)),
+                Some(Ok(())) => return Ok(()),
+                Some(Err(error)) => self.answer(crate::event::Operation::Write, error).await?,
+            }
+        }
+    }
+
+    /// Nanoseconds until the next background copy may start.
+    fn delay(&self) -> u64 {
+        let now = self.job.core().now();
+        let retry = self.retry_at.get().saturating_sub(now);
+        retry.max(self.job.rate().borrow_mut().delay(now))
+    }
+
+    /// Starts the next background copy; false if everything dirty is in flight already.
+    fn start_next(self: &Rc<Self>) -> bool {
+        let Some(run) = self.next_run() else { return false };
+        let range = run.region.range();
+        if !run.zero {
+            self.job.rate().borrow_mut().charge(range.len, self.job.core().now());
+        }
+        let flight = self.flight(range, 0);
+        let copy = Rc::clone(self).copy_run(run, flight);
+        drop(self.job.core().spawn(Class::Background, copy));
+        true
+    }
+
+    /// Claims the next dirty run after the cursor that nobody is copying.
+    fn next_run(&self) -> Option<Run> {
+        let mut from = self.cursor.get();
+        let mut wrapped = from == 0;
+        loop {
+            let found = self.next_candidate(from);
+            let Some((range, zero)) = found else {
+                if wrapped {
+                    return None;
+                }
+                (from, wrapped) = (0, true);
+                continue;
+            };
+            let range = match self.regions.overlap(range) {
+                None => range,
+                Some(other) if other.start > range.start => {
+                    GuestRange { len: other.start.since(range.start), ..range }
+                }
+                Some(other) => {
+                    from = other.end().bytes();
+                    continue;
+                }
+            };
+            self.cursor.set(range.end().bytes());
+            return self.take(range, zero, false);
+        }
+    }
+
+    /// The next dirty run of one kind at or after `from`, at most a unit long.
+    fn next_candidate(&self, from: u64) -> Option<(GuestRange, bool)> {
+        let todo = self.todo.borrow();
+        let zeroes = self.zero.borrow();
+        let start = todo.next_dirty(from)?;
+        let zero = zeroes.test(start);
+        let (limit, change) = if zero {
+            (ZERO_UNIT.max(self.unit), zeroes.next_clean(start))
+        } else {
+            (self.unit, zeroes.next_dirty(start).unwrap_or(self.size()))
+        };
+        let range = todo.next_dirty_range(start, limit.min(change - start))?;
+        Some((range, zero))
+    }
+
+    /// Claims `range` and clears its dirty bits.
+    fn take(&self, range: GuestRange, zero: bool, urgent: bool) -> Option<Run> {
+        let region = self.regions.claim(range)?;
+        self.todo.borrow_mut().clear_range(range);
+        Some(Run { region, zero, urgent })
+    }
+
+    /// Whether a guest write to `range` must wait for old content to be read.
+    pub(crate) fn is_needed_before_write(&self, range: GuestRange) -> bool {
+        let wide = range.widen(self.granularity());
+        !self.is_dead() && (self.todo.borrow().intersects(wide) || self.regions.is_reading(wide))
+    }
+
+    /// Resolves when the old content of all granules that `range` touches is in memory or copied,
+    /// or when the job cannot succeed any more. Never fails: the guest goes on.
+    pub(crate) async fn before_guest_write(self: Rc<Self>, range: GuestRange) {
+        let wide = range.widen(self.granularity());
+        let job = Rc::clone(&self.job);
+        loop {
+            let changed = job.changed().wait();
+            if self.is_dead() {
+                return;
+            }
+            let next = self.todo.borrow().next_dirty_range(wide.start.bytes(), self.unit);
+            let next = next.map(|run| run.intersect(wide)).filter(|run| !run.is_empty());
+            if let Some(run) = next {
+                if self.start_before_write(run) {
+                    continue;
+                }
+            } else if !self.regions.is_reading(wide) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Starts a copy that a guest waits for; false if the reserve is used up.
+    fn start_before_write(self: &Rc<Self>, range: GuestRange) -> bool {
+        if !self.reserve(range.len) {
+            if self.parked.get() > 0 {
+                // The target does not take what is held already: the guest must not wait for it.
+                let full = liveblk_engine::Error::new(
+                    liveblk_engine::ErrorKind::NoSpace,
+                    "keep old content for the backup",
+                );
+                self.job.announce(crate::event::Operation::Write, crate::event::Action::Report);
+                self.fail(JobError::Engine(full));
+            }
+            return false;
+        }
+        let zero = {
+            let zeroes = self.zero.borrow();
+            zeroes.test(range.start.bytes())
+                && zeroes.next_clean(range.start.bytes()) >= range.end().bytes()
+        };
+        let flight = self.flight(range, range.len);
+        let Some(run) = self.take(range, zero, true) else { return false };
+        self.job.rate().borrow_mut().charge(range.len, self.job.core().now());
+        let copy = Rc::clone(self).copy_run(run, flight);
+        drop(self.job.core().spawn(Class::Guest, copy));
+        true
+    }
+}

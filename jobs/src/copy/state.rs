@@ -1,0 +1,348 @@
+//! What the copies of one job share: bitmaps, regions, window, and whether they may go on.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use liveblk_engine::address::GuestRange;
+use liveblk_engine::bitmap::DirtyBitmap;
+use liveblk_engine::node::{Node, Origin};
+
+use crate::error::{JobError, Result};
+use crate::event::{Action, Operation};
+use crate::job::Job;
+use crate::limits::{BEFORE_WRITE_BYTES, UNIT_DISK, UNIT_MEMORY, WINDOW_BYTES, WINDOW_UNITS};
+use crate::region::Regions;
+
+/// Where the copies are in their life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// In the background, while guests write.
+    Background,
+    /// Gates of the source are closed: the last pass. A failure ends the pass, not the job.
+    LastPass,
+    /// Over: nothing starts any more, waiting guests go on.
+    Dead,
+}
+
+/// What a job gives its copies.
+pub(crate) struct CopySetup {
+    pub(crate) job: Rc<Job>,
+    pub(crate) source: Rc<Node>,
+    pub(crate) target: Rc<Node>,
+    /// Bytes per dirty bit.
+    pub(crate) granularity: u64,
+    /// Whether everything is dirty from the first moment (copy-before-write needs that).
+    pub(crate) all_dirty: bool,
+    /// Whether a partial last granule counts whole in the progress.
+    pub(crate) whole_granules: bool,
+    /// Kept by every copy in flight: the use of the target.
+    pub(crate) hold: Rc<dyn Any>,
+}
+
+/// The copies of one job.
+pub(crate) struct Copy {
+    pub(super) job: Rc<Job>,
+    pub(super) source: Rc<Node>,
+    pub(super) target: Rc<Node>,
+    size: u64,
+    pub(super) unit: u64,
+    whole_granules: bool,
+    pub(super) todo: RefCell<DirtyBitmap>,
+    /// Granules that are known to read as zeroes; a write takes them out.
+    pub(super) zero: RefCell<DirtyBitmap>,
+    /// Granules written since the plan began to look at a part of the source.
+    pub(super) touched: RefCell<Option<DirtyBitmap>>,
+    pub(super) regions: Rc<Regions>,
+    pub(super) cursor: Cell<u64>,
+    /// Background copies that do I/O now.
+    units_in_flight: Cell<usize>,
+    /// Bytes of all copies in flight.
+    bytes_in_flight: Cell<u64>,
+    /// Copies that hold bytes for a target that failed, until the job is resumed.
+    pub(super) parked: Cell<usize>,
+    /// Bytes that copy-before-write holds.
+    before_write_bytes: Cell<u64>,
+    pub(super) retry_at: Cell<u64>,
+    phase: Cell<Phase>,
+    failure: RefCell<Option<JobError>>,
+    /// What ended the last pass.
+    pub(super) pass_failure: RefCell<Option<(Operation, liveblk_engine::Error)>>,
+    hold: RefCell<Option<Rc<dyn Any>>>,
+}
+
+/// A copy counted as in flight until dropped.
+pub(super) struct Flight {
+    copy: Rc<Copy>,
+    bytes: u64,
+    /// Bytes of the copy-before-write reserve it gives back.
+    reserved: u64,
+    _hold: Option<Rc<dyn Any>>,
+}
+
+impl Copy {
+    pub(crate) fn new(setup: CopySetup) -> Rc<Self> {
+        let size = setup.source.size();
+        let in_memory = setup.source.is_memory_backed() && setup.target.is_memory_backed();
+        let unit = if in_memory { UNIT_MEMORY } else { UNIT_DISK };
+        let mut todo = DirtyBitmap::new(size, setup.granularity);
+        if setup.all_dirty {
+            todo.set_all();
+        }
+        let copy = Self {
+            zero: RefCell::new(DirtyBitmap::new(size, setup.granularity)),
+            todo: RefCell::new(todo),
+            touched: RefCell::new(None),
+            unit: unit.max(setup.granularity),
+            whole_granules: setup.whole_granules,
+            job: setup.job,
+            source: setup.source,
+            target: setup.target,
+            size,
+            regions: Rc::default(),
+            cursor: Cell::new(0),
+            units_in_flight: Cell::new(0),
+            bytes_in_flight: Cell::new(0),
+            parked: Cell::new(0),
+            before_write_bytes: Cell::new(0),
+            retry_at: Cell::new(0),
+            phase: Cell::new(Phase::Background),
+            failure: RefCell::new(None),
+            pass_failure: RefCell::new(None),
+            hold: RefCell::new(Some(setup.hold)),
+        };
+        copy.note_left();
+        Rc::new(copy)
+    }
+
+    pub(crate) fn job(&self) -> &Rc<Job> {
+        &self.job
+    }
+
+    pub(crate) fn source(&self) -> &Rc<Node> {
+        &self.source
+    }
+
+    pub(crate) fn target(&self) -> &Rc<Node> {
+        &self.target
+    }
+
+    /// Bytes that are copied: the size of the source at the start.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether nothing may start any more.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.phase.get() == Phase::Dead || self.job.is_forced()
+    }
+
+    pub(super) fn in_last_pass(&self) -> bool {
+        self.phase.get() == Phase::LastPass
+    }
+
+    /// How copies enter nodes: past the gates when a guest waits for them.
+    pub(super) fn origin(&self) -> Origin {
+        if self.in_last_pass() { Origin::Derived } else { Origin::External }
+    }
+
+    /// From now on the gates of the source are closed.
+    pub(super) fn begin_last_pass(&self) {
+        if self.phase.get() == Phase::Background {
+            self.phase.set(Phase::LastPass);
+        }
+    }
+
+    pub(super) fn end_last_pass(&self) {
+        if self.phase.get() == Phase::LastPass {
+            self.phase.set(Phase::Background);
+        }
+    }
+
+    /// Ends all copies: waiting guests go on, the use of the target ends with what is in flight.
+    pub(crate) fn kill(&self) {
+        self.phase.set(Phase::Dead);
+        self.hold.take();
+        self.job.changed().notify_all();
+    }
+
+    /// The job cannot succeed any more.
+    pub(crate) fn fail(&self, error: JobError) {
+        self.failure.borrow_mut().get_or_insert(error);
+        self.phase.set(Phase::Dead);
+        self.job.changed().notify_all();
+    }
+
+    /// Why the copies must not go on, if so.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.job.is_forced() {
+            return Err(JobError::Cancelled);
+        }
+        match &*self.failure.borrow() {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// A failure outside of a copy (flush, status): `Ok` if it is to be tried again.
+    pub(crate) async fn answer(
+        &self,
+        operation: Operation,
+        error: liveblk_engine::Error,
+    ) -> Result<()> {
+        match self.job.on_error(operation, &error) {
+            Action::Report => {
+                self.fail(JobError::Engine(error));
+                self.check()
+            }
+            Action::Ignore => {
+                let now = self.job.core().now();
+                self.retry_at.set(now.saturating_add(crate::limits::RETRY_DELAY_NS));
+                self.rest(crate::limits::RETRY_DELAY_NS).await
+            }
+            Action::Stop => {
+                self.job.changed().until(|| self.is_quiet() || self.is_dead()).await;
+                self.job.pause_point().await;
+                self.check()
+            }
+        }
+    }
+
+    /// Sleeps `nanos` unless the job ends before.
+    async fn rest(&self, nanos: u64) -> Result<()> {
+        let until = self.job.core().now().saturating_add(nanos);
+        while self.job.core().now() < until && !self.is_dead() {
+            self.job.nap(until - self.job.core().now()).await;
+        }
+        self.check()
+    }
+
+    /// Whether no background copy is doing I/O.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.units_in_flight.get() == 0
+    }
+
+    /// Whether everything dirty has reached the target (not yet its disk).
+    pub(crate) fn is_clean(&self) -> bool {
+        self.todo.borrow().is_clean() && self.is_quiet() && self.regions.is_empty()
+    }
+
+    /// Dirty bytes, those in flight included.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        self.counted_todo() + self.bytes_in_flight.get()
+    }
+
+    /// Whether one more background copy may start.
+    pub(super) fn has_room(&self) -> bool {
+        let units = self.units_in_flight.get();
+        units == 0 || (units < WINDOW_UNITS && self.bytes_in_flight.get() < WINDOW_BYTES)
+    }
+
+    /// Takes `bytes` of the copy-before-write reserve; one copy always fits. Given back with the
+    /// copy's [`Flight`].
+    pub(super) fn reserve(&self, bytes: u64) -> bool {
+        let held = self.before_write_bytes.get();
+        let fits = held == 0 || held + bytes <= BEFORE_WRITE_BYTES;
+        if fits {
+            self.before_write_bytes.set(held + bytes);
+        }
+        fits
+    }
+
+    /// Counts a copy of `range` as in flight; `reserved` goes back to the reserve with it.
+    pub(super) fn flight(self: &Rc<Self>, range: GuestRange, reserved: u64) -> Flight {
+        let bytes = self.counted(range);
+        if reserved == 0 {
+            self.units_in_flight.set(self.units_in_flight.get() + 1);
+        }
+        self.bytes_in_flight.set(self.bytes_in_flight.get() + bytes);
+        Flight { copy: Rc::clone(self), bytes, reserved, _hold: self.hold.borrow().clone() }
+    }
+
+    /// A copy stands still without I/O.
+    pub(super) fn park(&self, urgent: bool) {
+        self.parked.set(self.parked.get() + 1);
+        if !urgent {
+            self.units_in_flight.set(self.units_in_flight.get() - 1);
+        }
+        self.job.changed().notify_all();
+    }
+
+    /// A copy that stood still goes on.
+    pub(super) fn unpark(&self, urgent: bool) {
+        self.parked.set(self.parked.get() - 1);
+        if !urgent {
+            self.units_in_flight.set(self.units_in_flight.get() + 1);
+        }
+    }
+
+    /// Marks `range` dirty (again); `written` says that a guest changed it.
+    pub(crate) fn mark(&self, range: GuestRange, written: bool) {
+        let added = self.todo.borrow_mut().set_range(range);
+        if written {
+            let wide = range.widen(self.granularity());
+            self.zero.borrow_mut().clear_range(wide);
+            if let Some(touched) = &mut *self.touched.borrow_mut() {
+                touched.set_range(range);
+            }
+        }
+        if added > 0 {
+            self.note_left();
+            self.job.changed().notify_all();
+        }
+    }
+
+    /// What ended the last pass, if a copy did.
+    pub(crate) fn take_pass_failure(&self) -> Option<(Operation, liveblk_engine::Error)> {
+        self.pass_failure.take()
+    }
+
+    /// Bytes per dirty bit.
+    pub(crate) fn granularity(&self) -> u64 {
+        self.todo.borrow().granularity()
+    }
+
+    /// Brings the progress up to date with what is dirty and in flight.
+    pub(super) fn note_left(&self) {
+        self.job.progress().set_left(self.dirty_bytes());
+    }
+
+    /// The bytes of `range` as the progress counts them.
+    pub(super) fn counted(&self, range: GuestRange) -> u64 {
+        if self.whole_granules { range.len.next_multiple_of(self.granularity()) } else { range.len }
+    }
+
+    fn counted_todo(&self) -> u64 {
+        let todo = self.todo.borrow();
+        let bytes = todo.dirty_bytes();
+        let tail = self.size % todo.granularity();
+        if self.whole_granules || tail == 0 || !todo.test(self.size - 1) {
+            return bytes;
+        }
+        bytes - (todo.granularity() - tail)
+    }
+}
+
+impl Flight {
+    /// The copy reached the target.
+    pub(super) fn landed(self) {
+        let bytes = self.bytes;
+        let copy = Rc::clone(&self.copy);
+        drop(self);
+        copy.job.progress().add_done(bytes);
+        copy.note_left();
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        let copy = &self.copy;
+        if self.reserved == 0 {
+            copy.units_in_flight.set(copy.units_in_flight.get() - 1);
+        }
+        copy.bytes_in_flight.set(copy.bytes_in_flight.get() - self.bytes);
+        copy.before_write_bytes.set(copy.before_write_bytes.get() - self.reserved);
+        copy.note_left();
+        copy.job.changed().notify_all();
+    }
+}

@@ -1,0 +1,277 @@
+//! What goes wrong with jobs, as types: `control` maps them to classes, Display is the peer's text.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+use crate::lifecycle::{Status, Verb};
+
+/// Result of job operations.
+pub type Result<T, E = JobError> = std::result::Result<T, E>;
+
+/// Why a job, a verb, a snapshot or a transaction was refused or failed.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum JobError {
+    /// A `job-*` verb named no job (class GenericError).
+    NotFound,
+    /// A `block-job-*` verb named no block job (class DeviceNotActive).
+    BlockJobNotFound {
+        /// The name asked for.
+        id: Box<str>,
+    },
+    /// The id is not an identifier.
+    InvalidId {
+        /// The id given (empty if none was).
+        id: Box<str>,
+    },
+    /// The id belongs to another job.
+    IdInUse {
+        /// The id given.
+        id: Box<str>,
+    },
+    /// The state table refuses the verb.
+    VerbRefused {
+        /// The job.
+        id: Box<str>,
+        /// Its state.
+        status: Status,
+        /// What was asked.
+        verb: Verb,
+    },
+    /// Pause of a paused job.
+    AlreadyPaused,
+    /// Resume of a job that the user did not pause.
+    NotPaused,
+    /// Soft cancel of a job that the user paused.
+    CurrentlyPaused {
+        /// The job.
+        id: Box<str>,
+    },
+    /// This job has no result to take (now).
+    CannotComplete {
+        /// The job.
+        id: Box<str>,
+    },
+    /// A negative speed.
+    NegativeSpeed,
+    /// This kind of job has nothing to change.
+    ChangeUnsupported,
+    /// A copy mode that a running mirror cannot be changed to.
+    ChangeNotImplemented {
+        /// The mode asked for, as in QMP.
+        mode: &'static str,
+    },
+    /// A mode or option that this version does not have.
+    NotYet {
+        /// What was asked for, in words.
+        what: &'static str,
+    },
+    /// The granularity is out of range or no power of two.
+    BadGranularity {
+        /// Which rule it breaks.
+        rule: GranularityRule,
+    },
+    /// Source and target are one node.
+    SameNode {
+        /// What the job does, as a verb ("mirror").
+        verb: &'static str,
+    },
+    /// A mode that the command does not take.
+    SyncModeUnsupported {
+        /// The mode, as in QMP.
+        mode: &'static str,
+    },
+    /// Source and target differ in size (mirror's text, found inside the job).
+    SizesDiffer,
+    /// Source and target differ in size (backup's text, found before the start).
+    SizesDifferBytes {
+        /// Bytes of the source.
+        source: u64,
+        /// Bytes of the target.
+        target: u64,
+    },
+    /// A node is in use by a job in a way that excludes this.
+    BusyWithJob {
+        /// The node.
+        node: Box<str>,
+        /// Kind of the job ("mirror").
+        kind: &'static str,
+    },
+    /// More jobs or actions than a named bound.
+    TooMany {
+        /// What there are too many of.
+        what: &'static str,
+        /// The bound.
+        limit: usize,
+    },
+    /// A snapshot rule was broken.
+    Snapshot(SnapshotError),
+    /// The transaction holds an `abort` action.
+    AbortAction,
+    /// An action that grouped completion does not allow.
+    NotGrouped {
+        /// The action's name in QMP.
+        action: &'static str,
+    },
+    /// A job of this transaction was cancelled, or this one was.
+    Cancelled,
+    /// The engine refused or failed.
+    Engine(liveblk_engine::Error),
+}
+
+/// Rules of the granularity of a mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GranularityRule {
+    /// 512 bytes to 64 MiB.
+    Range,
+    /// A power of two.
+    PowerOfTwo,
+}
+
+/// Refusals of snapshots, with the peer's texts.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// The overlay was opened with a backing file.
+    HasBacking,
+    /// The overlay's format cannot have one.
+    NoBackingSupport,
+    /// Something reads the overlay already.
+    OverlayInUse,
+    /// `snapshot-node-name` is missing though `node-name` was given.
+    NameMissing,
+    /// The new node's name is taken.
+    NameInUse {
+        /// The name.
+        name: Box<str>,
+    },
+    /// The format is not known.
+    UnknownFormat {
+        /// The name asked for.
+        format: Box<str>,
+    },
+    /// The file to be created exists and holds something.
+    FileExists {
+        /// Its path.
+        path: Box<str>,
+    },
+    /// The file cannot be created or opened.
+    File {
+        /// Its path.
+        path: Box<str>,
+        /// Why.
+        source: liveblk_engine::Error,
+    },
+    /// The same node twice in one transaction.
+    NodeTwice {
+        /// The node.
+        node: Box<str>,
+    },
+}
+
+impl fmt::Display for JobError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFound => f.write_str("Job not found"),
+            Self::BlockJobNotFound { id } => write!(f, "Block job '{id}' not found"),
+            Self::InvalidId { id } => write!(f, "Invalid job ID '{id}'"),
+            Self::IdInUse { id } => write!(f, "Job ID '{id}' already in use"),
+            Self::VerbRefused { id, status, verb } => {
+                write!(f, "Job '{id}' in state '{status}' cannot accept command verb '{verb}'")
+            }
+            Self::AlreadyPaused => f.write_str("Job is already paused"),
+            Self::NotPaused => f.write_str("Can't resume a job that was not paused"),
+            Self::CurrentlyPaused { id } => {
+                write!(f, "The block job for device '{id}' is currently paused")
+            }
+            Self::CannotComplete { id } => {
+                write!(f, "The active block job '{id}' cannot be completed")
+            }
+            Self::NegativeSpeed => f.write_str("Parameter 'speed' expects a non-negative value"),
+            Self::ChangeUnsupported => f.write_str("Job type does not support change"),
+            Self::ChangeNotImplemented { mode } => {
+                write!(f, "Change to copy mode '{mode}' is not implemented")
+            }
+            Self::NotYet { what } => write!(f, "{what} is not supported by this version"),
+            Self::BadGranularity { rule: GranularityRule::Range } => {
+                f.write_str("Parameter 'granularity' expects a value in range [512B, 64MB]")
+            }
+            Self::BadGranularity { rule: GranularityRule::PowerOfTwo } => {
+                f.write_str("Parameter 'granularity' expects a power of 2")
+            }
+            Self::SameNode { verb: "mirror" } => f.write_str("Can't mirror node into itself"),
+            Self::SameNode { .. } => f.write_str("Source and target cannot be the same"),
+            Self::SyncModeUnsupported { mode } => {
+                write!(f, "Sync mode '{mode}' not supported")
+            }
+            Self::SizesDiffer => f.write_str("Source and target image have different sizes"),
+            Self::SizesDifferBytes { .. } => {
+                f.write_str("Source and target image have different sizes")
+            }
+            Self::BusyWithJob { node, kind } => {
+                write!(f, "Node '{node}' is busy: block device is in use by block job: {kind}")
+            }
+            Self::TooMany { what, limit } => write!(f, "Too many {what} (at most {limit})"),
+            Self::Snapshot(error) => error.fmt(f),
+            Self::AbortAction => f.write_str("Transaction aborted using Abort action"),
+            Self::NotGrouped { action } => write!(
+                f,
+                "Action '{action}' does not support transaction property completion-mode = grouped"
+            ),
+            Self::Cancelled => f.write_str("Operation canceled"),
+            Self::Engine(error) => error.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for SnapshotError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::HasBacking => f.write_str("The overlay already has a backing image"),
+            Self::NoBackingSupport => f.write_str("The overlay does not support backing images"),
+            Self::OverlayInUse => f.write_str("The overlay is already in use"),
+            Self::NameMissing => f.write_str("New overlay node-name missing"),
+            Self::NameInUse { .. } => f.write_str("New overlay node-name already in use"),
+            Self::UnknownFormat { format } => write!(f, "Unknown driver '{format}'"),
+            Self::FileExists { path } => write!(
+                f,
+                "Could not create '{path}': the file exists and is not empty \
+                 (remove it, or use mode 'existing')"
+            ),
+            Self::File { path, source } => write!(f, "Could not create '{path}': {source}"),
+            Self::NodeTwice { node } => {
+                write!(f, "Node '{node}' cannot be snapshotted twice in one transaction")
+            }
+        }
+    }
+}
+
+impl StdError for JobError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            Self::Engine(error) | Self::Snapshot(SnapshotError::File { source: error, .. }) => {
+                Some(error)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl From<liveblk_engine::Error> for JobError {
+    fn from(error: liveblk_engine::Error) -> Self {
+        Self::Engine(error)
+    }
+}
+
+impl From<SnapshotError> for JobError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(error)
+    }
+}
+
+impl PartialEq for JobError {
+    /// Equal texts: enough to compare answers.
+    fn eq(&self, other: &Self) -> bool {
+        self.to_string() == other.to_string()
+    }
+}

@@ -1,0 +1,161 @@
+//! What jobs tell the outside, in exact order, and what queries show. No JSON here.
+
+use std::rc::Rc;
+
+use crate::lifecycle::{IoStatus, Status};
+
+/// The kinds of jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Keeps a target equal to the source until told to end.
+    Mirror,
+    /// Copies the source as it was at the start.
+    Backup,
+}
+
+impl Kind {
+    /// The name in QMP.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mirror => "mirror",
+            Self::Backup => "backup",
+        }
+    }
+}
+
+/// Which half of a copy failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Reading the source.
+    Read,
+    /// Writing the target.
+    Write,
+}
+
+impl Operation {
+    /// The name in QMP.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// What a job did about a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Tries again later.
+    Ignore,
+    /// Ends with the error.
+    Report,
+    /// Pauses until resumed.
+    Stop,
+}
+
+impl Action {
+    /// The name in QMP.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ignore => "ignore",
+            Self::Report => "report",
+            Self::Stop => "stop",
+        }
+    }
+}
+
+/// Numbers that end and ready events carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockJobFacts {
+    /// The kind.
+    pub kind: Kind,
+    /// The job's id (`device` in QMP).
+    pub id: Rc<str>,
+    /// Bytes done and left.
+    pub len: u64,
+    /// Bytes done.
+    pub offset: u64,
+    /// Rate limit in bytes per second; 0 means none.
+    pub speed: u64,
+}
+
+/// Something happened to a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// `JOB_STATUS_CHANGE`.
+    StatusChange {
+        /// The job.
+        id: Rc<str>,
+        /// Its new state.
+        status: Status,
+    },
+    /// `BLOCK_JOB_READY`.
+    Ready(BlockJobFacts),
+    /// `BLOCK_JOB_PENDING`: waits for finalize.
+    Pending {
+        /// The kind.
+        kind: Kind,
+        /// The job.
+        id: Rc<str>,
+    },
+    /// `BLOCK_JOB_COMPLETED`; with a text if it failed.
+    Completed {
+        /// Its numbers.
+        facts: BlockJobFacts,
+        /// Why it failed.
+        error: Option<String>,
+    },
+    /// `BLOCK_JOB_CANCELLED`.
+    Cancelled(BlockJobFacts),
+    /// `BLOCK_JOB_ERROR`.
+    Error {
+        /// The job.
+        id: Rc<str>,
+        /// What failed.
+        operation: Operation,
+        /// What is done about it.
+        action: Action,
+    },
+}
+
+/// A row of `query-jobs`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobInfo {
+    /// The job.
+    pub id: Rc<str>,
+    /// Its kind.
+    pub kind: Kind,
+    /// Its state.
+    pub status: Status,
+    /// Bytes done.
+    pub current: u64,
+    /// Bytes done and left.
+    pub total: u64,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// A row of `query-block-jobs`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockJobInfo {
+    /// Kind, id, progress and speed.
+    pub facts: BlockJobFacts,
+    /// Whether it is doing something now.
+    pub busy: bool,
+    /// Whether it stands still or is about to.
+    pub paused: bool,
+    /// Why it stopped of itself.
+    pub io_status: IoStatus,
+    /// Whether it can be completed.
+    pub ready: bool,
+    /// Its state.
+    pub status: Status,
+    /// Whether it finalizes itself.
+    pub auto_finalize: bool,
+    /// Whether it goes away when concluded.
+    pub auto_dismiss: bool,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Mirror only: whether every write reaches the target before it is answered.
+    pub actively_synced: Option<bool>,
+}

@@ -1,0 +1,312 @@
+//! One job as its own task sees it: life, rate, progress, and how failures are answered.
+//!
+//! Owns nothing of the graph. All waiting of a job and its copies is done on one notification,
+//! [`Job::changed`]; whoever changes anything rings it. `!Send`, of one core.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+
+use liveblk_engine::ErrorKind;
+use liveblk_engine::executor::Core;
+use liveblk_engine::executor::sync::{Either, Notify, select};
+use liveblk_engine::node::NodeId;
+
+use crate::error::{JobError, Result};
+use crate::event::{Action, BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind, Operation};
+use crate::lifecycle::{Ending, IoStatus, Life, Status};
+use crate::manager::JobManager;
+use crate::progress::Progress;
+use crate::rate::Rate;
+use crate::spec::{JobOptions, OnError};
+use crate::txn::JobTxn;
+
+/// A job.
+pub struct Job {
+    core: Core,
+    id: Rc<str>,
+    kind: Kind,
+    options: JobOptions,
+    manager: Weak<JobManager>,
+    txn: Rc<JobTxn>,
+    life: RefCell<Life>,
+    rate: RefCell<Rate>,
+    progress: Progress,
+    changed: Notify,
+    error: RefCell<Option<JobError>>,
+    busy: Cell<bool>,
+    nodes: Cell<Option<(NodeId, NodeId)>>,
+    /// What the job owns until it is concluded.
+    scope: RefCell<Vec<Box<dyn Any>>>,
+}
+
+impl Job {
+    pub(crate) fn new(
+        manager: &Rc<JobManager>,
+        kind: Kind,
+        options: JobOptions,
+        txn: &Rc<JobTxn>,
+    ) -> Result<Rc<Self>> {
+        let speed = options.checked_speed()?;
+        let core = manager.core().clone();
+        Ok(Rc::new(Self {
+            id: options.id.as_str().into(),
+            kind,
+            manager: Rc::downgrade(manager),
+            txn: Rc::clone(txn),
+            life: RefCell::default(),
+            rate: RefCell::new(Rate::new(speed, core.now())),
+            progress: Progress::default(),
+            changed: Notify::new(&core),
+            error: RefCell::new(None),
+            busy: Cell::new(false),
+            nodes: Cell::new(None),
+            scope: RefCell::default(),
+            options,
+            core,
+        }))
+    }
+
+    /// The id.
+    pub fn id(&self) -> &Rc<str> {
+        &self.id
+    }
+
+    /// The kind.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The state.
+    pub fn status(&self) -> Status {
+        self.life.borrow().status()
+    }
+
+    /// The options it was started with.
+    pub fn options(&self) -> &JobOptions {
+        &self.options
+    }
+
+    pub(crate) fn core(&self) -> &Core {
+        &self.core
+    }
+
+    pub(crate) fn txn(&self) -> &Rc<JobTxn> {
+        &self.txn
+    }
+
+    pub(crate) fn life(&self) -> &RefCell<Life> {
+        &self.life
+    }
+
+    pub(crate) fn rate(&self) -> &RefCell<Rate> {
+        &self.rate
+    }
+
+    pub(crate) fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Rung whenever anything of the job or its copies changed.
+    pub(crate) fn changed(&self) -> &Notify {
+        &self.changed
+    }
+
+    pub(crate) fn ending(&self) -> Ending {
+        self.life.borrow().ending()
+    }
+
+    /// Whether a forced end was asked for: nothing may be waited for any more.
+    pub(crate) fn is_forced(&self) -> bool {
+        self.ending() == Ending::Force
+    }
+
+    pub(crate) fn wants_pause(&self) -> bool {
+        self.life.borrow().wants_pause()
+    }
+
+    pub(crate) fn set_busy(&self, busy: bool) {
+        self.busy.set(busy);
+    }
+
+    /// Moves to `status` and announces it.
+    pub(crate) fn enter(&self, status: Status) {
+        let changed = self.life.borrow_mut().enter(status);
+        if changed {
+            self.emit(Event::StatusChange { id: Rc::clone(&self.id), status });
+        }
+    }
+
+    pub(crate) fn emit(&self, event: Event) {
+        if let Some(manager) = self.manager.upgrade() {
+            manager.emit(&event);
+        }
+    }
+
+    pub(crate) fn manager(&self) -> Option<Rc<JobManager>> {
+        self.manager.upgrade()
+    }
+
+    /// Announces that the result is at hand.
+    pub(crate) fn become_ready(&self) {
+        self.enter(Status::Ready);
+        self.emit(Event::Ready(self.facts()));
+    }
+
+    /// Stands still while a pause is wanted; the caller has nothing in flight.
+    pub(crate) async fn pause_point(&self) {
+        if !self.wants_pause() || self.is_forced() {
+            return;
+        }
+        let (before, quiet) = {
+            let life = self.life.borrow();
+            (life.status(), life.quiet_status())
+        };
+        self.busy.set(false);
+        self.enter(quiet);
+        self.changed.until(|| !self.wants_pause() || self.is_forced()).await;
+        self.enter(before);
+        self.busy.set(true);
+    }
+
+    /// Sleeps `nanos`, or until something changes.
+    pub(crate) async fn nap(&self, nanos: u64) {
+        let changed = self.changed.wait();
+        let _: Either<(), ()> = select(changed, self.core.sleep(nanos)).await;
+    }
+
+    /// Resolves with the output of `work`, or `None` as soon as the job is forced to end or `dead`
+    /// says that its copies are.
+    pub(crate) async fn unless_dead<T>(
+        &self,
+        work: impl Future<Output = T>,
+        dead: impl Fn() -> bool,
+    ) -> Option<T> {
+        let killed = self.changed.until(|| dead() || self.is_forced());
+        match select(work, killed).await {
+            Either::First(output) => Some(output),
+            Either::Second(()) => None,
+        }
+    }
+
+    /// Decides by the job's policy what a failure means, and announces it.
+    pub(crate) fn on_error(&self, operation: Operation, error: &liveblk_engine::Error) -> Action {
+        let policy = match operation {
+            Operation::Read => self.options.on_source_error,
+            Operation::Write => self.options.on_target_error,
+        };
+        let no_space = error.kind() == ErrorKind::NoSpace;
+        let action = match policy {
+            OnError::Report => Action::Report,
+            OnError::Ignore => Action::Ignore,
+            OnError::Stop => Action::Stop,
+            OnError::Enospc | OnError::Auto if no_space => Action::Stop,
+            OnError::Enospc | OnError::Auto => Action::Report,
+        };
+        tracing::warn!(job = %self.id, operation = operation.name(), action = action.name(),
+            %error, "a copy failed");
+        // One announcement per stop: copies that were in flight fail with the first one.
+        let stopped = self.life.borrow().io_status() != IoStatus::Ok;
+        if !(action == Action::Stop && stopped) {
+            self.announce(operation, action);
+        }
+        if action == Action::Stop {
+            let io_status = if no_space { IoStatus::NoSpace } else { IoStatus::Failed };
+            self.life.borrow_mut().stop_on_error(io_status);
+        }
+        self.changed.notify_all();
+        action
+    }
+
+    /// Tells that a copy failed and what is done about it.
+    pub(crate) fn announce(&self, operation: Operation, action: Action) {
+        self.emit(Event::Error { id: Rc::clone(&self.id), operation, action });
+    }
+
+    /// Keeps `resources` until the job is concluded.
+    pub(crate) fn keep(&self, resources: Box<dyn Any>) {
+        self.scope.borrow_mut().push(resources);
+    }
+
+    /// Gives back what the job has: the end of its scope.
+    pub(crate) fn release(&self) {
+        let scope = self.scope.take();
+        drop(scope);
+    }
+
+    /// Remembers which nodes the job works on.
+    pub(crate) fn set_nodes(&self, source: NodeId, target: NodeId) {
+        self.nodes.set(Some((source, target)));
+    }
+
+    /// Source and target.
+    pub(crate) fn nodes(&self) -> Option<(NodeId, NodeId)> {
+        self.nodes.get()
+    }
+
+    pub(crate) fn set_error(&self, error: JobError) {
+        self.error.borrow_mut().get_or_insert(error);
+    }
+
+    /// Why it failed, as clients read it.
+    pub(crate) fn error_text(&self) -> Option<String> {
+        self.error.borrow().as_ref().map(error_text)
+    }
+
+    pub(crate) fn facts(&self) -> BlockJobFacts {
+        BlockJobFacts {
+            kind: self.kind,
+            id: Rc::clone(&self.id),
+            len: self.progress.total(),
+            offset: self.progress.done(),
+            speed: self.rate.borrow().speed(),
+        }
+    }
+
+    pub(crate) fn info(&self) -> JobInfo {
+        JobInfo {
+            id: Rc::clone(&self.id),
+            kind: self.kind,
+            status: self.status(),
+            current: self.progress.done(),
+            total: self.progress.total(),
+            error: self.error_text(),
+        }
+    }
+
+    pub(crate) fn block_info(&self) -> BlockJobInfo {
+        let life = self.life.borrow();
+        BlockJobInfo {
+            facts: self.facts(),
+            busy: self.busy.get(),
+            paused: life.wants_pause(),
+            io_status: life.io_status(),
+            ready: matches!(life.status(), Status::Ready | Status::Standby),
+            status: life.status(),
+            auto_finalize: self.options.auto_finalize,
+            auto_dismiss: self.options.auto_dismiss,
+            error: self.error_text(),
+            actively_synced: (self.kind == Kind::Mirror).then_some(false),
+        }
+    }
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Job({} {}, {})", self.kind.name(), self.id, self.status())
+    }
+}
+
+/// The text of a job's failure: what clients of the peer read there is the errno's.
+fn error_text(error: &JobError) -> String {
+    match error {
+        JobError::Engine(error) if error.detail().is_none() => {
+            let text = std::io::Error::from_raw_os_error(error.errno()).to_string();
+            match text.find(" (os error") {
+                Some(end) => text[..end].to_owned(),
+                None => text,
+            }
+        }
+        other => other.to_string(),
+    }
+}

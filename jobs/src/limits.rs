@@ -1,0 +1,59 @@
+//! Every bound of the jobs, by name: full means back-pressure or an error, never growth.
+
+/// Bytes of one copy on storage where a request costs a seek or a command.
+pub const UNIT_DISK: u64 = 1 << 20;
+
+/// Bytes of one copy where both sides are in memory: small enough to stay in the cache.
+pub const UNIT_MEMORY: u64 = 256 << 10;
+
+/// Copies in flight of one background loop. Small on purpose: a guest request queues behind what
+/// is in flight, and 64 copies of 1 MiB are what gives the peer its stalls of 100 ms.
+pub const WINDOW_UNITS: usize = 8;
+
+/// Bytes in flight of one background loop.
+pub const WINDOW_BYTES: u64 = 4 << 20;
+
+/// Bytes of old content that copy-before-write of one job may hold for its target; beyond it a
+/// guest write waits for the target.
+pub const BEFORE_WRITE_BYTES: u64 = 32 << 20;
+
+/// Bytes of the disk that one block-status call of a plan covers.
+pub const PLAN_STEP: u64 = 256 << 20;
+
+/// Bytes of one zeroing request.
+pub const ZERO_UNIT: u64 = 32 << 20;
+
+/// Jobs of one core.
+pub const JOBS: usize = 1024;
+
+/// Actions of one transaction.
+pub const ACTIONS: usize = 1024;
+
+/// Length of a rate slice in nanoseconds.
+pub const RATE_SLICE_NS: u64 = 100_000_000;
+
+/// Nanoseconds between a failed copy and its next try under `ignore`.
+pub const RETRY_DELAY_NS: u64 = 100_000_000;
+
+/// Nanoseconds that the end of a cancelled job waits for its hook to be taken out; after that the
+/// hook, which does nothing any more, is taken out when the source is quiet.
+pub const UNHOOK_WAIT_NS: u64 = 300_000_000;
+
+/// Nanoseconds that a cut of a job may wait for requests in flight.
+pub const CUT_WAIT_NS: u64 = 30_000_000_000;
+
+/// Dirty bytes below which a completing mirror closes the gates; doubled every
+/// [`PIVOT_PATIENCE_NS`], so that a busy guest is cut at last.
+pub const PIVOT_BYTES: u64 = 1 << 20;
+
+/// See [`PIVOT_BYTES`].
+pub const PIVOT_PATIENCE_NS: u64 = 200_000_000;
+
+/// Tries of the steps that finish a transaction after its decision.
+pub const FINISH_TRIES: u32 = 5;
+
+/// What [`PIVOT_BYTES`] never grows beyond: what a slow disk takes in a fraction of a second.
+pub const PIVOT_BYTES_MAX: u64 = 32 << 20;
+
+/// The smallest unit of copy-before-write in bytes.
+pub const BACKUP_GRANULE_MIN: u64 = 64 << 10;

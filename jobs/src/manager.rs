@@ -1,0 +1,334 @@
+//! The jobs of one core: ids, verbs, queries, events, and how transactions of jobs end.
+//!
+//! Promises: events reach the subscriber in the order of contract §2.4; a verb either takes effect
+//! or answers the peer's text and changes nothing. Moves no data and knows no node.
+//!
+//! Order of an end: the body is over (target durable, hook gone) -> waiting -> all of the
+//! transaction waiting -> pending -> finalize -> BLOCK_JOB_COMPLETED -> concluded -> null.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use liveblk_engine::executor::Core;
+use liveblk_engine::executor::sync::Notify;
+use liveblk_engine::node::NodeId;
+
+use crate::error::{JobError, Result};
+use crate::event::{BlockJobInfo, Event, JobInfo, Kind};
+use crate::job::Job;
+use crate::lifecycle::{Effect, Ending, Status, Verb};
+use crate::limits::JOBS;
+use crate::spec::{CopyMode, JobOptions, check_id, checked_speed};
+use crate::txn::JobTxn;
+
+/// Who gets the events of a core's jobs.
+pub type Subscriber = Rc<dyn Fn(&Event)>;
+
+/// All jobs of a core.
+pub struct JobManager {
+    core: Core,
+    jobs: RefCell<Vec<Rc<Job>>>,
+    subscriber: RefCell<Option<Subscriber>>,
+    changed: Notify,
+}
+
+impl JobManager {
+    /// The manager of `core`.
+    pub fn of(core: &Core) -> Rc<Self> {
+        core.extension(|| Self {
+            core: core.clone(),
+            jobs: RefCell::default(),
+            subscriber: RefCell::new(None),
+            changed: Notify::new(core),
+        })
+    }
+
+    /// Sends all events of this core's jobs to `subscriber` from now on. It must not call back.
+    pub fn subscribe(&self, subscriber: Subscriber) {
+        self.subscriber.replace(Some(subscriber));
+    }
+
+    pub(crate) fn core(&self) -> &Core {
+        &self.core
+    }
+
+    pub(crate) fn emit(&self, event: &Event) {
+        let subscriber = self.subscriber.borrow().clone();
+        if let Some(subscriber) = subscriber {
+            subscriber(event);
+        }
+        self.changed.notify_all();
+    }
+
+    /// The job called `id`.
+    pub fn find(&self, id: &str) -> Option<Rc<Job>> {
+        self.jobs.borrow().iter().find(|job| &**job.id() == id).cloned()
+    }
+
+    /// Checks that a job called `id` could be made now.
+    ///
+    /// # Errors
+    /// The peer's texts for a bad or used id.
+    pub fn check_new(&self, id: &str) -> Result<()> {
+        check_id(id)?;
+        if self.find(id).is_some() {
+            return Err(JobError::IdInUse { id: id.into() });
+        }
+        if self.jobs.borrow().len() >= JOBS {
+            return Err(JobError::TooMany { what: "jobs", limit: JOBS });
+        }
+        Ok(())
+    }
+
+    /// Makes a job in state `created` and announces it.
+    pub(crate) fn create(
+        self: &Rc<Self>,
+        kind: Kind,
+        options: JobOptions,
+        txn: &Rc<JobTxn>,
+    ) -> Result<Rc<Job>> {
+        self.check_new(&options.id)?;
+        let job = Job::new(self, kind, options, txn)?;
+        txn.add(&job);
+        self.jobs.borrow_mut().push(Rc::clone(&job));
+        job.enter(Status::Created);
+        Ok(job)
+    }
+
+    /// Takes back a job that never started.
+    pub(crate) fn withdraw(&self, job: &Rc<Job>) {
+        job.release();
+        job.enter(Status::Null);
+        self.forget(job);
+    }
+
+    /// The job that has `node` as its target, or mirrors it.
+    pub(crate) fn exclusive_user(&self, node: NodeId) -> Option<Kind> {
+        self.user_where(|job, source, target| {
+            target == node || (source == node && job.kind() == Kind::Mirror)
+        })
+    }
+
+    /// Any job that works on `node`.
+    pub(crate) fn any_user(&self, node: NodeId) -> Option<Kind> {
+        self.user_where(|_, source, target| source == node || target == node)
+    }
+
+    fn user_where(&self, uses: impl Fn(&Job, NodeId, NodeId) -> bool) -> Option<Kind> {
+        let jobs = self.jobs.borrow();
+        let found = jobs
+            .iter()
+            .filter(|job| job.status() < Status::Concluded)
+            .find(|job| job.nodes().is_some_and(|(source, target)| uses(job, source, target)));
+        found.map(|job| job.kind())
+    }
+
+    /// Applies `verb` of the `job-*` commands; a cancel is always forced.
+    ///
+    /// # Errors
+    /// "Job not found", or the refusal of the state table.
+    pub fn job_verb(&self, id: &str, verb: Verb) -> Result<()> {
+        let job = self.find(id).ok_or(JobError::NotFound)?;
+        self.apply(&job, verb, true)
+    }
+
+    /// Applies `verb` of the `block-job-*` commands; `force` matters to cancel.
+    ///
+    /// # Errors
+    /// "Block job 'x' not found", or the refusal of the state table.
+    pub fn block_job_verb(&self, id: &str, verb: Verb, force: bool) -> Result<()> {
+        let job = self.block_job(id)?;
+        if verb == Verb::Cancel && !force && job.life().borrow().user_paused() {
+            return Err(JobError::CurrentlyPaused { id: id.into() });
+        }
+        self.apply(&job, verb, force)
+    }
+
+    /// Limits job `id` to `speed` bytes per second (0: no limit).
+    ///
+    /// # Errors
+    /// As [`JobManager::block_job_verb`]; a negative speed.
+    pub fn set_speed(&self, id: &str, speed: i64) -> Result<()> {
+        let job = self.block_job(id)?;
+        self.apply(&job, Verb::SetSpeed, false)?;
+        let speed = checked_speed(speed)?;
+        job.rate().borrow_mut().set_speed(speed, self.core.now());
+        job.changed().notify_all();
+        Ok(())
+    }
+
+    /// Changes the copy mode of mirror `id`.
+    ///
+    /// # Errors
+    /// As [`JobManager::block_job_verb`]; every change but none.
+    pub fn change(&self, id: &str, copy_mode: CopyMode) -> Result<()> {
+        let job = self.block_job(id)?;
+        self.apply(&job, Verb::Change, false)?;
+        match (job.kind(), copy_mode) {
+            (Kind::Mirror, CopyMode::Background) => Ok(()),
+            (Kind::Mirror, mode) => Err(JobError::ChangeNotImplemented { mode: mode.name() }),
+            (Kind::Backup, _) => Err(JobError::ChangeUnsupported),
+        }
+    }
+
+    /// The rows of `query-jobs`, newest first.
+    pub fn query(&self) -> Vec<JobInfo> {
+        self.jobs.borrow().iter().rev().map(|job| job.info()).collect()
+    }
+
+    /// The rows of `query-block-jobs`, newest first.
+    pub fn query_block(&self) -> Vec<BlockJobInfo> {
+        self.jobs.borrow().iter().rev().map(|job| job.block_info()).collect()
+    }
+
+    /// Forces all jobs to end and waits until they are gone.
+    pub async fn cancel_all(&self) {
+        loop {
+            let changed = self.changed.wait();
+            let jobs: Vec<_> = self.jobs.borrow().iter().rev().cloned().collect();
+            for job in &jobs {
+                match job.status() {
+                    Status::Concluded => self.dismiss(job),
+                    Status::Aborting | Status::Null => {}
+                    _ if job.is_forced() => {}
+                    _ => {
+                        let effect = job.life().borrow_mut().cancel(true);
+                        self.act(job, effect);
+                    }
+                }
+            }
+            if self.jobs.borrow().is_empty() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Resolves when job `id` is gone or in a state that `done` accepts.
+    pub async fn until(&self, id: &str, mut done: impl FnMut(Status) -> bool) {
+        self.changed.until(|| self.find(id).is_none_or(|job| done(job.status()))).await;
+    }
+
+    fn block_job(&self, id: &str) -> Result<Rc<Job>> {
+        self.find(id).ok_or_else(|| JobError::BlockJobNotFound { id: id.into() })
+    }
+
+    fn apply(&self, job: &Rc<Job>, verb: Verb, force: bool) -> Result<()> {
+        let completable = job.kind() == Kind::Mirror;
+        let effect = job.life().borrow_mut().apply(job.id(), verb, force, completable)?;
+        self.act(job, effect);
+        Ok(())
+    }
+
+    fn act(&self, job: &Rc<Job>, effect: Effect) {
+        match effect {
+            Effect::Wake => job.changed().notify_all(),
+            Effect::AbortFinished => self.abort(job, JobError::Cancelled),
+            Effect::Finalize => self.finalize(job.txn()),
+            Effect::Dismiss => self.dismiss(job),
+            Effect::Allowed => {}
+        }
+    }
+
+    /// The body of `job` is over.
+    pub(crate) fn body_ended(&self, job: &Rc<Job>, result: Result<()>) {
+        job.set_busy(false);
+        if job.is_forced() {
+            return self.abort(job, JobError::Cancelled);
+        }
+        match result {
+            Ok(()) => {
+                job.enter(Status::Waiting);
+                if job.txn().is_aborting() {
+                    self.abort(job, JobError::Cancelled);
+                } else if job.txn().all_completed() {
+                    self.all_waiting(job.txn());
+                }
+            }
+            Err(error) => self.abort(job, error),
+        }
+    }
+
+    fn all_waiting(&self, txn: &Rc<JobTxn>) {
+        for job in txn.members() {
+            job.enter(Status::Pending);
+            if !job.options().auto_finalize {
+                job.emit(Event::Pending { kind: job.kind(), id: Rc::clone(job.id()) });
+            }
+        }
+        if !txn.needs_finalize() {
+            self.finalize(txn);
+        }
+    }
+
+    fn finalize(&self, txn: &Rc<JobTxn>) {
+        for job in txn.members() {
+            job.release();
+            job.emit(Event::Completed { facts: job.facts(), error: None });
+            self.conclude(&job);
+        }
+    }
+
+    /// Fails `job` and with it its transaction.
+    fn abort(&self, job: &Rc<Job>, error: JobError) {
+        job.set_error(error);
+        job.enter(Status::Aborting);
+        let txn = job.txn();
+        if txn.begin_abort() {
+            for other in txn.members() {
+                if Rc::ptr_eq(&other, job) {
+                    continue;
+                }
+                let status = other.status();
+                other.life().borrow_mut().cancel(true);
+                if matches!(status, Status::Waiting | Status::Pending) {
+                    other.set_error(JobError::Cancelled);
+                    other.enter(Status::Aborting);
+                }
+                other.changed().notify_all();
+            }
+        }
+        if txn.all_completed() {
+            self.finish_aborted(txn);
+        }
+    }
+
+    fn finish_aborted(&self, txn: &Rc<JobTxn>) {
+        for job in txn.members() {
+            if job.status() != Status::Aborting {
+                continue;
+            }
+            job.release();
+            if job.life().borrow().ending() == Ending::Force {
+                job.emit(Event::Cancelled(job.facts()));
+            } else {
+                let error = job.error_text();
+                job.emit(Event::Completed { facts: job.facts(), error });
+            }
+            self.conclude(&job);
+        }
+    }
+
+    fn conclude(&self, job: &Rc<Job>) {
+        job.enter(Status::Concluded);
+        if job.options().auto_dismiss {
+            self.dismiss(job);
+        }
+    }
+
+    fn dismiss(&self, job: &Rc<Job>) {
+        job.enter(Status::Null);
+        self.forget(job);
+    }
+
+    fn forget(&self, job: &Rc<Job>) {
+        self.jobs.borrow_mut().retain(|known| !Rc::ptr_eq(known, job));
+        self.changed.notify_all();
+    }
+}
+
+impl std::fmt::Debug for JobManager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "JobManager({} jobs)", self.jobs.borrow().len())
+    }
+}

@@ -1,0 +1,163 @@
+//! How a job starts and how its body ends: hook in, task, hook out, scope.
+//!
+//! A start is prepare (checks, uses of nodes, job in state `created`) -> swap (hook in, inside a
+//! cut) -> commit (the task runs), or abort. One command makes one cut for itself; a transaction
+//! makes one for all its jobs.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::rc::Rc;
+
+use liveblk_engine::executor::Class;
+use liveblk_engine::executor::sync::{Either, select};
+use liveblk_engine::format::LocalFuture;
+use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
+use liveblk_engine::node::{HookId, Node, Permissions, Role, User, WriteHook};
+
+use crate::copy::Copy;
+use crate::error::{JobError, Result};
+use crate::job::Job;
+use crate::lifecycle::Status;
+use crate::limits::{CUT_WAIT_NS, UNHOOK_WAIT_NS};
+use crate::manager::JobManager;
+
+/// A hook on a node, or its place.
+pub(crate) struct HookSlot {
+    node: Rc<Node>,
+    hook: Rc<dyn WriteHook>,
+    id: Cell<Option<HookId>>,
+}
+
+/// A job that can start.
+pub(crate) struct Prepared {
+    pub(crate) copy: Rc<Copy>,
+    pub(crate) slot: Rc<HookSlot>,
+    pub(crate) body: LocalFuture<'static, Result<()>>,
+}
+
+impl HookSlot {
+    pub(crate) fn new(node: &Rc<Node>, hook: Rc<dyn WriteHook>) -> Rc<Self> {
+        Rc::new(Self { node: Rc::clone(node), hook, id: Cell::new(None) })
+    }
+
+    /// Only inside a cut of the node.
+    pub(crate) fn install(&self) {
+        self.id.set(Some(self.node.add_hook(Rc::clone(&self.hook))));
+    }
+
+    /// Only inside a cut of the node; a second time does nothing.
+    pub(crate) fn remove(&self) {
+        if let Some(id) = self.id.take() {
+            self.node.remove_hook(id);
+        }
+    }
+
+    /// Takes the hook out; it does nothing any more. Goes on alone when the source is not quiet in
+    /// time.
+    async fn remove_in_cut(self: &Rc<Self>) {
+        if self.id.get().is_none() {
+            return;
+        }
+        let core = self.node.core().clone();
+        let slot = Rc::clone(self);
+        let removal = core.spawn(Class::Background, async move {
+            while slot.id.get().is_some() && still_there(&slot.node) {
+                let inner = Rc::clone(&slot);
+                let part = cut_of(&slot.node, Swap::Local(Box::new(move |_| inner.remove())));
+                if let Err(error) = cut(slot.node.core(), vec![part], CUT_WAIT_NS).await {
+                    tracing::warn!(%error, "the hook of an ended job is still in place");
+                }
+            }
+        });
+        let _: Either<(), ()> = select(removal, core.sleep(UNHOOK_WAIT_NS)).await;
+    }
+}
+
+fn still_there(node: &Rc<Node>) -> bool {
+    Graph::of(node.core()).node(node.id()).is_some()
+}
+
+/// A cut of one node.
+pub(crate) fn cut_of(node: &Rc<Node>, swap: Swap) -> CutPart {
+    CutPart { core: node.core().id(), nodes: vec![node.id()], before_swap: None, swap }
+}
+
+impl Prepared {
+    /// The job.
+    pub(crate) fn job(&self) -> Rc<Job> {
+        Rc::clone(self.copy.job())
+    }
+
+    /// Starts the job; its hook is in place.
+    pub(crate) fn commit(self) -> Rc<Job> {
+        let job = self.job();
+        let core = job.core().clone();
+        drop(core.spawn(Class::Background, drive(self)));
+        job
+    }
+
+    /// Takes back a job whose hook never was installed.
+    pub(crate) fn abort(self) {
+        let job = self.job();
+        self.copy.kill();
+        if let Some(manager) = job.manager() {
+            manager.withdraw(&job);
+        }
+    }
+
+    /// Starts a job that a command asked for alone.
+    pub(crate) async fn start(self) -> Result<Rc<Job>> {
+        let slot = Rc::clone(&self.slot);
+        let part = cut_of(self.copy.source(), Swap::Local(Box::new(move |_| slot.install())));
+        match cut(self.job().core(), vec![part], CUT_WAIT_NS).await {
+            Ok(()) => Ok(self.commit()),
+            Err(error) => {
+                self.abort();
+                Err(error.into())
+            }
+        }
+    }
+}
+
+/// The job's own task.
+async fn drive(prepared: Prepared) {
+    let job = prepared.job();
+    let Prepared { copy, slot, body } = prepared;
+    job.enter(Status::Running);
+    job.set_busy(true);
+    let result = body.await;
+    let result = if job.is_forced() { Err(JobError::Cancelled) } else { result };
+    copy.kill();
+    slot.remove_in_cut().await;
+    if let Some(manager) = job.manager() {
+        manager.body_ended(&job, result);
+    }
+}
+
+/// Uses of a job's nodes: the source for the scope of the job, the target for as long as anything
+/// of the job may write to it.
+pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Result<Rc<dyn Any>> {
+    let graph = Graph::of(job.core());
+    let user = |role| User::Job { id: Rc::clone(job.id()), kind: job.kind().name(), role };
+    let read = Permissions {
+        perm: Permissions::CONSISTENT_READ,
+        shared: Permissions::ALL & !Permissions::RESIZE,
+    };
+    let write = Permissions { perm: Permissions::WRITE, shared: Permissions::WRITE_UNCHANGED };
+    let source = graph.use_node(source, user(Role::Source), read)?;
+    let target: Rc<dyn Any> = Rc::new(graph.use_node(target, user(Role::Target), write)?);
+    job.keep(Box::new(source));
+    job.keep(Box::new(Rc::clone(&target)));
+    Ok(target)
+}
+
+/// Refuses jobs whose nodes other jobs have in a way that excludes them.
+pub(crate) fn check_free(manager: &JobManager, source: &Rc<Node>, target: &Rc<Node>) -> Result<()> {
+    let busy = |node: &Rc<Node>, kind: Option<crate::event::Kind>| match kind {
+        Some(kind) => Err(JobError::BusyWithJob { node: (*node.name()).into(), kind: kind.name() }),
+        None => Ok(()),
+    };
+    // One mirror, or several backups; a mirror may begin beside backups, not the other way round.
+    busy(source, manager.exclusive_user(source.id()))?;
+    busy(target, manager.any_user(target.id()))
+}
