@@ -17,9 +17,7 @@ use super::StorageExtent;
 use super::lock::{LockRequest, Locks};
 use crate::address::GuestRange;
 use crate::buf::Buf;
-use crate::driver::{
-    FallocateMode, FileFacts, FsOp, FsOutcome, Handle, OpKind, OpenSpec,
-};
+use crate::driver::{FallocateMode, FileFacts, FsOp, FsOutcome, Handle, OpKind, OpenSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::sync::Notify;
 use crate::executor::{Class, Core, JoinHandle, Op};
@@ -214,7 +212,12 @@ impl File {
         let range = GuestRange::new(offset, buf.len() as u64);
         let align = self.facts.align;
         let wide = range.widen(align);
-        let claim = self.claims.claim(wide);
+        // Padding that grows the file is cut off again below. Whatever lies beyond must not be
+        // written meanwhile, or the cut would take it along: claim all the rest of the file.
+        let cuts_tail = wide.end() > range.end() && wide.end().bytes() > self.size.get();
+        let start = wide.start.bytes();
+        let claimed = if cuts_tail { GuestRange::new(start, u64::MAX - start) } else { wide };
+        let claim = self.claims.claim(claimed);
         claim.held().await;
         if self.is_aligned(offset, &buf) {
             return IoFuture::start(&self, Direction::Write { fua }, offset, buf).await;
@@ -242,12 +245,13 @@ impl File {
         let end = range.end().bytes();
         let old_size = self.size.get();
         IoFuture::start(&self, Direction::Write { fua }, wide.start.bytes(), bounce).await?;
-        if wide.end().bytes() > end.max(old_size) && !self.facts.block_device {
-            // The padding grew the file: give back what nobody wrote. Nobody else can have grown
-            // it inside the claim; if somebody grew it beyond, it stays.
-            if self.size.get() == wide.end().bytes() {
-                self.truncate(end.max(old_size)).await?;
-            }
+        if cuts_tail
+            && wide.end().bytes() > end.max(old_size)
+            && self.size.get() == wide.end().bytes()
+            && !self.facts.block_device
+        {
+            // The padding grew the file: give back what nobody wrote.
+            self.truncate(end.max(old_size)).await?;
         }
         drop(claim);
         Ok(())
@@ -443,7 +447,11 @@ struct NotAFile {
 impl std::fmt::Display for NotAFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let path = self.path.display();
-        write!(f, "Could not open '{path}': it is {}, not a regular file or block device", self.kind)
+        write!(
+            f,
+            "Could not open '{path}': it is {}, not a regular file or block device",
+            self.kind
+        )
     }
 }
 
@@ -491,7 +499,14 @@ impl IoFuture {
 
     fn start(file: &Rc<File>, direction: Direction, offset: u64, buf: Buf) -> Self {
         let op = submit(file, direction, offset, buf.clone());
-        Self(State::Running(Transfer { file: Rc::clone(file), direction, offset, buf, done: 0, op }))
+        Self(State::Running(Transfer {
+            file: Rc::clone(file),
+            direction,
+            offset,
+            buf,
+            done: 0,
+            op,
+        }))
     }
 }
 

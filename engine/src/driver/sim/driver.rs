@@ -32,7 +32,7 @@ impl Driver for SimDriver {
     }
 
     fn random(&mut self) -> u64 {
-        self.kernel.borrow_mut().rng.next()
+        self.kernel.borrow_mut().rng.bits()
     }
 
     fn counters(&self) -> DriverCounters {

@@ -1,8 +1,9 @@
 //! A simulated file: what it reads as now, what is durable, and the changes in between.
 //!
-//! Order rules: (1) a change is live at once and stays in the log until a sync covers it; (2) when a
-//! covered change becomes durable, so do the earlier ones that touch the same sectors, because a
-//! disk never goes back; (3) sizes become durable together with the first covered change after them.
+//! Order rules: (1) a change is live at once and stays in the log until a sync covers it; (2) when
+//! a covered change becomes durable, so do the earlier ones that touch the same sectors, because a
+//! disk never goes back; (3) sizes become durable together with the first covered change after
+//! them.
 
 use std::collections::BTreeMap;
 

@@ -199,8 +199,7 @@ impl SimFs {
     pub fn is_durable(&self, path: impl AsRef<Path>) -> bool {
         let state = self.0.borrow();
         let path = normal(path.as_ref());
-        let (Some(live), Some(durable)) =
-            (state.names.get(&path), state.durable_names.get(&path))
+        let (Some(live), Some(durable)) = (state.names.get(&path), state.durable_names.get(&path))
         else {
             return false;
         };

@@ -15,9 +15,7 @@ use super::hold::{HoldPoint, HoldState};
 use super::plan::{Fate, OpenFile, Work};
 use super::rng::Rng;
 use super::trace::{Trace, hash_buf};
-use crate::driver::{
-    Done, DriverCounters, FsOp, FsOutcome, Nanos, OpKind, OpSlot, Token, Wait,
-};
+use crate::driver::{Done, DriverCounters, FsOp, FsOutcome, Nanos, OpKind, OpSlot, Token, Wait};
 use crate::executor::{Mailbox, Message, SendOutcome};
 
 /// The machine below the cores.
@@ -66,10 +64,18 @@ pub(super) struct Flight {
 
 enum Event {
     /// Bytes `from..to` of a read or write move.
-    Piece { op: u64, from: usize, to: usize },
+    Piece {
+        op: u64,
+        from: usize,
+        to: usize,
+    },
     /// A call on files happens.
-    Apply { op: u64 },
-    Complete { op: u64 },
+    Apply {
+        op: u64,
+    },
+    Complete {
+        op: u64,
+    },
 }
 
 impl Kernel {
@@ -108,7 +114,7 @@ impl Kernel {
         let fingerprint = match &work {
             Work::Write { buf, .. } => hash_buf(buf),
             Work::Read { buf, .. } => {
-                buf.fill(self.rng.next().to_le_bytes()[0]);
+                buf.fill(self.rng.bits().to_le_bytes()[0]);
                 0
             }
             _ => 0,
@@ -116,7 +122,8 @@ impl Kernel {
         for word in [core as u64, subject.kind as u64, subject.offset, subject.len, fingerprint] {
             self.trace.word(word);
         }
-        let hold = self.holds.iter().position(|hold| hold.left > 0 && hold.filter.matches(&subject));
+        let hold =
+            self.holds.iter().position(|hold| hold.left > 0 && hold.filter.matches(&subject));
         let point = hold.map(|index| {
             self.holds[index].left -= 1;
             self.holds[index].ops.push(op);

@@ -24,9 +24,22 @@ pub(super) struct OpenFile {
 
 /// What an operation does when its time comes. Buffers share memory with the slot's.
 pub(super) enum Work {
-    Read { inode: u64, offset: u64, buf: Buf },
-    Write { inode: u64, offset: u64, buf: Buf, fua: bool, no_space: bool },
-    Sync { inode: u64, covered: Covered },
+    Read {
+        inode: u64,
+        offset: u64,
+        buf: Buf,
+    },
+    Write {
+        inode: u64,
+        offset: u64,
+        buf: Buf,
+        fua: bool,
+        no_space: bool,
+    },
+    Sync {
+        inode: u64,
+        covered: Covered,
+    },
     Fs(FsOp, Covered),
     Run(Box<dyn FnOnce() + Send>),
     /// Nothing; the answer is known.

@@ -20,7 +20,7 @@ impl Rng {
     }
 
     /// 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         let [a, b, c, d] = &mut self.0;
         let result = a.wrapping_add(*d).rotate_left(23).wrapping_add(*a);
         let shifted = *b << 17;
@@ -35,7 +35,7 @@ impl Rng {
 
     /// A number in `0..bound`; 0 if the bound is 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        let wide = u128::from(self.next()) * u128::from(bound);
+        let wide = u128::from(self.bits()) * u128::from(bound);
         u64::try_from(wide >> 64).expect("invariant: the upper half of a 128-bit product")
     }
 

@@ -176,7 +176,7 @@ impl Sim {
     /// Cuts the power now: what survives. Tasks are dropped where they stand.
     #[must_use]
     pub fn crash(self) -> SimFs {
-        let seed = self.kernel.borrow_mut().rng.next();
+        let seed = self.kernel.borrow_mut().rng.bits();
         self.fs().after_power_cut(seed)
     }
 
