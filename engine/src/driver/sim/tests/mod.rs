@@ -108,7 +108,7 @@ fn time_jumps_over_sleep_and_runs_on_demand() {
     let core = sim.core(0);
     let sleeper = core.clone();
     drop(core.spawn(Class::Guest, async move {
-        sleeper.sleep(1000_000).await;
+        sleeper.sleep(1_000_000).await;
         flag.set(true);
     }));
     sim.run_for(500_000);
