@@ -66,12 +66,6 @@ impl SharedMemory {
         })
     }
 
-    /// Shared bytes that are free now.
-    #[cfg(test)]
-    pub(crate) fn free(&self) -> u64 {
-        self.free.free()
-    }
-
     /// Ends every connection.
     pub(crate) fn close_all(&self) {
         let accounts: Vec<_> = self.accounts.borrow().iter().filter_map(Weak::upgrade).collect();

@@ -376,9 +376,10 @@ async fn status(session: &Session, request: &Request) -> Result<Outcome> {
             // Requests are shorter than 4 GiB, so is every run inside one.
             let length = u32::try_from(len).unwrap_or(u32::MAX);
             let flags = if kind == StatusKind::Data { 0 } else { state::HOLE | state::ZERO };
+            let full = runs.len() == runs_max;
             match runs.last_mut() {
                 Some((last, same)) if *same == flags => *last = last.saturating_add(length),
-                _ if runs.len() == runs_max => break 'all,
+                _ if full => break 'all,
                 _ => runs.push((length, flags)),
             }
         }
