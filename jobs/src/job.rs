@@ -244,6 +244,11 @@ impl Job {
         self.nodes.get()
     }
 
+    /// Why it failed, if it did.
+    pub fn error(&self) -> Option<JobError> {
+        self.error.borrow().clone()
+    }
+
     pub(crate) fn set_error(&self, error: JobError) {
         self.error.borrow_mut().get_or_insert(error);
     }

@@ -169,27 +169,19 @@ impl Graph {
     /// # Errors
     /// `Busy` with the text that says what uses it.
     pub fn check_removable(&self, node: &Node) -> Result<()> {
-        let name = || node.name().to_string();
-        for user in node.users() {
-            return Err(match user {
-                User::Guest { .. } => GraphError::InUse(name()),
-                User::Overlay { node: parent } => GraphError::BusyAsChild {
-                    node: name(),
-                    edge: "backing",
-                    parent: parent.to_string(),
-                },
-                User::Format { node: parent } => GraphError::BusyAsChild {
-                    node: name(),
-                    edge: "file",
-                    parent: parent.to_string(),
-                },
-                User::Job { kind, .. } => {
-                    GraphError::BusyWithJob { node: name(), kind: kind.into() }
-                }
+        let name = node.name().to_string();
+        let Some(user) = node.users().into_iter().next() else { return Ok(()) };
+        Err(match user {
+            User::Guest { .. } => GraphError::InUse(name),
+            User::Overlay { node: parent } => {
+                GraphError::BusyAsChild { node: name, edge: "backing", parent: parent.to_string() }
             }
-            .into());
+            User::Format { node: parent } => {
+                GraphError::BusyAsChild { node: name, edge: "file", parent: parent.to_string() }
+            }
+            User::Job { kind, .. } => GraphError::BusyWithJob { node: name, kind: kind.into() },
         }
-        Ok(())
+        .into())
     }
 
     async fn close(&self, node: Rc<Node>) -> Result<()> {
