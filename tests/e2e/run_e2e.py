@@ -28,6 +28,7 @@ def options_of(argv):
     parser.add_argument("-k", dest="words", default="", help="only tests whose name has all words")
     parser.add_argument("--keep", action="store_true", help="keep the files of failed tests")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each kill -9 test")
+    parser.add_argument("--seed", type=int, default=0, help="added to the seeds of these tests")
     parser.add_argument("--verbose", action="store_true", help="full tracebacks")
     parser.add_argument("--list", action="store_true", help="only list the tests")
     parser.add_argument("--repeat", type=int, default=1, help="run the selection N times")

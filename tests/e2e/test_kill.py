@@ -60,6 +60,7 @@ async def killed_round(world, seed, job):
 
 async def killed(world, job, first):
     lost_rounds = []
+    first += world.options.seed
     rounds = max(2, world.options.rounds // 2) if job else world.options.rounds
     for seed in range(first, first + rounds):
         lost = await killed_round(world, seed, job)
@@ -125,7 +126,7 @@ async def finished(world, seed, job, busy):
 
 async def all_finished(world, job):
     wrong = []
-    for seed in range(world.options.rounds):
+    for seed in range(world.options.seed, world.options.seed + world.options.rounds):
         problem = await finished(world, seed, job, busy=bool(seed % 2))
         if problem:
             wrong.append(f"round {seed}: {problem}")
@@ -171,7 +172,8 @@ async def pivoted(world, seed):
 
 @case(timeout=300)
 async def kill_after_a_pivot_keeps_every_flushed_write_in_the_target(world):
-    for seed in range(500, 500 + world.options.rounds // 2):
+    first = 500 + world.options.seed
+    for seed in range(first, first + world.options.rounds // 2):
         await pivoted(world, seed)
 
 

@@ -14,7 +14,7 @@ import time
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 
 START_SECONDS = 20
-WAIT_SECONDS = 60
+WAIT_SECONDS = 30
 
 
 class Refused(Exception):

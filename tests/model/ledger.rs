@@ -1,0 +1,324 @@
+//! What a disk may hold: for each block all writes that ever touched it, with their times.
+//!
+//! Times are ticks of one counter for all disks of a world. A write is between its begin and its
+//! end in flight. A write that ended well (`sure`) supersedes every write that had ended before it
+//! began; writes that overlapped in time may have happened in either order. A failed or abandoned
+//! write, and a discard, may have had an effect in each block or not.
+//!
+//! After a power cut only durable writes supersede: those that ended before an answered flush was
+//! sent, and answered writes with FUA.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::pattern::Value;
+
+/// A moment: the number of begins and ends before it.
+pub type Tick = u32;
+
+const NEVER: Tick = Tick::MAX;
+
+/// The clock of a world and the numbers of its writes.
+#[derive(Debug, Default)]
+pub struct Clock {
+    now: Cell<Tick>,
+    values: Cell<Value>,
+}
+
+impl Clock {
+    /// The next tick.
+    pub fn tick(&self) -> Tick {
+        self.now.set(self.now.get() + 1);
+        self.now.get()
+    }
+
+    /// A number that no write had before.
+    pub fn value(&self) -> Value {
+        self.values.set(self.values.get() + 1);
+        self.values.get()
+    }
+}
+
+/// A change of some blocks.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    value: Value,
+    begin: Tick,
+    end: Tick,
+    sure: bool,
+    durable: bool,
+}
+
+/// Names a change of one disk.
+pub type ChangeId = usize;
+
+/// A moment that lies between two ticks: when a cut happened that began and ended then.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    pub from: Tick,
+    pub to: Tick,
+}
+
+/// The history of one disk.
+#[derive(Debug)]
+pub struct Ledger {
+    clock: Rc<Clock>,
+    changes: RefCell<Vec<Change>>,
+    blocks: RefCell<Vec<Vec<u32>>>,
+}
+
+impl Ledger {
+    /// A disk of `blocks` zero blocks.
+    pub fn new(clock: &Rc<Clock>, blocks: usize) -> Rc<Self> {
+        let zeroes = Change { value: 0, begin: 0, end: 0, sure: true, durable: true };
+        Rc::new(Self {
+            clock: Rc::clone(clock),
+            changes: RefCell::new(vec![zeroes]),
+            blocks: RefCell::new(vec![vec![0]; blocks]),
+        })
+    }
+
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        self.blocks.borrow().len()
+    }
+
+    /// A change of blocks `first..first + count` to `value` begins.
+    pub fn begin(&self, value: Value, first: usize, count: usize) -> ChangeId {
+        let begin = self.clock.tick();
+        self.add(Change { value, begin, end: NEVER, sure: false, durable: false }, first, count)
+    }
+
+    fn add(&self, change: Change, first: usize, count: usize) -> ChangeId {
+        let mut changes = self.changes.borrow_mut();
+        changes.push(change);
+        let id = changes.len() - 1;
+        let index = u32::try_from(id).expect("invariant: few changes");
+        for block in &mut self.blocks.borrow_mut()[first..first + count] {
+            block.push(index);
+        }
+        id
+    }
+
+    /// A change was answered: `sure` if it certainly happened, `durable` if it survives a cut.
+    pub fn end(&self, id: ChangeId, sure: bool, durable: bool) {
+        let end = self.clock.tick();
+        let change = &mut self.changes.borrow_mut()[id];
+        (change.end, change.sure, change.durable) = (end, sure, durable);
+    }
+
+    /// What ended before `sent` is durable: a flush sent then was answered.
+    pub fn flushed(&self, sent: Tick) {
+        for change in self.changes.borrow_mut().iter_mut().filter(|change| change.end < sent) {
+            change.durable = true;
+        }
+    }
+
+    /// What `block` certainly held no more at `at`: changes that ended before this.
+    fn floor(&self, block: usize, at: Tick) -> Tick {
+        self.floor_of(block, |change| change.sure && change.end < at)
+    }
+
+    fn floor_of(&self, block: usize, counts: impl Fn(&Change) -> bool) -> Tick {
+        let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
+        let certain = blocks[block].iter().map(|index| &changes[*index as usize]);
+        certain.filter(|change| counts(change)).map(|change| change.begin).max().unwrap_or(0)
+    }
+
+    /// The first tick at which `block` may hold `value`, if it may within `window`.
+    fn earliest(&self, block: usize, value: Value, floor: Tick, to: Tick) -> Option<Tick> {
+        let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
+        let known = blocks[block].iter().map(|index| &changes[*index as usize]);
+        known
+            .filter(|change| change.value == value && change.begin < to && change.end >= floor)
+            .map(|change| change.begin)
+            .min()
+    }
+
+    fn describe(&self, block: usize) -> String {
+        let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
+        let show = |index: &u32| {
+            let Change { value, begin, end, sure, durable } = changes[*index as usize];
+            let end = if end == NEVER { "..".to_owned() } else { end.to_string() };
+            let sure = if sure { "" } else { "?" };
+            let durable = if durable { "!" } else { "" };
+            format!("{value}{sure}{durable}@{begin}-{end}")
+        };
+        let all: Vec<String> = blocks[block].iter().map(show).collect();
+        all.join(" ")
+    }
+
+    /// Judges a read of the blocks from `first` on that took place within `window`; what it found in
+    /// blocks that nobody changed meanwhile, they hold from now on.
+    pub fn read(&self, first: usize, values: &[Value], window: Window) -> Result<(), String> {
+        for (at, value) in values.iter().enumerate() {
+            let block = first + at;
+            let floor = self.floor(block, window.from);
+            if self.earliest(block, *value, floor, window.to).is_none() {
+                return Err(format!(
+                    "block {block} read as {value} in {window:?}; it has {}",
+                    self.describe(block)
+                ));
+            }
+            self.observe(block, *value, window);
+        }
+        Ok(())
+    }
+
+    /// If nothing changed `block` during `window`, but it could have held several values: it holds
+    /// `value`.
+    fn observe(&self, block: usize, value: Value, window: Window) {
+        let others = {
+            let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
+            let floor = self.floor(block, window.from);
+            let mut known = blocks[block].iter().map(|index| &changes[*index as usize]);
+            let moving = |change: &&Change| change.end >= window.from;
+            if known.clone().any(|change| moving(&change)) {
+                return;
+            }
+            known.any(|change| change.value != value && change.end >= floor)
+        };
+        if others {
+            let Window { from, to } = window;
+            let seen = Change { value, begin: from, end: to, sure: true, durable: false };
+            self.add(seen, block, 1);
+        }
+    }
+
+    /// Judges an image that must be the whole disk at one moment within `window`, and returns the
+    /// earliest moment that it can be.
+    pub fn point_in_time(&self, values: &[Value], window: Window) -> Result<Tick, String> {
+        let mut moment = window.from;
+        for (block, value) in values.iter().enumerate() {
+            let floor = self.floor(block, window.from);
+            match self.earliest(block, *value, floor, window.to) {
+                Some(begin) => moment = moment.max(begin),
+                None => {
+                    return Err(format!(
+                        "block {block} of the image is {value} in {window:?}; the disk has {}",
+                        self.describe(block)
+                    ));
+                }
+            }
+        }
+        Ok(moment)
+    }
+
+    /// Judges an image that must not be older than `moment`: some block shows a write that began
+    /// then, so writes that had ended before must show too.
+    pub fn not_before(&self, values: &[Value], moment: Tick, to: Tick) -> Result<(), String> {
+        for (block, value) in values.iter().enumerate() {
+            let floor = self.floor(block, moment);
+            if self.earliest(block, *value, floor, to).is_none() {
+                return Err(format!(
+                    "no cut: block {block} is {value}, but the image has writes begun at {moment}; \
+                     the disk has {}",
+                    self.describe(block)
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Judges what a power cut left now.
+    pub fn survived(&self, values: &[Value]) -> Result<(), String> {
+        for (block, value) in values.iter().enumerate() {
+            let floor = self.floor_of(block, |change| change.sure && change.durable);
+            if self.earliest(block, *value, floor, NEVER).is_none() {
+                return Err(format!(
+                    "block {block} is {value} after the power cut; the disk had {}",
+                    self.describe(block)
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `block` may have held `value` within `window`.
+    pub fn may_hold(&self, block: usize, value: Value, window: Window) -> bool {
+        let floor = self.floor(block, window.from);
+        self.earliest(block, value, floor, window.to).is_some()
+    }
+
+    /// What the disk is known to hold when nothing is in flight; `None` per block if unknown.
+    pub fn settled(&self) -> Vec<Option<Value>> {
+        let now = self.clock.tick();
+        let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
+        let known = |(block, entries): (usize, &Vec<u32>)| {
+            let floor = self.floor(block, now);
+            let mut values = entries
+                .iter()
+                .map(|index| &changes[*index as usize])
+                .filter(|change| change.end >= floor)
+                .map(|change| change.value);
+            let first = values.next()?;
+            values.all(|value| value == first).then_some(first)
+        };
+        blocks.iter().enumerate().map(known).collect()
+    }
+}
+
+#[cfg(test)]
+mod ledger_rules {
+    use super::*;
+
+    fn disk() -> (Rc<Clock>, Rc<Ledger>) {
+        let clock = Rc::new(Clock::default());
+        let ledger = Ledger::new(&clock, 2);
+        (clock, ledger)
+    }
+
+    fn write(ledger: &Ledger, value: Value) {
+        let id = ledger.begin(value, 0, 1);
+        ledger.end(id, true, false);
+    }
+
+    fn now(clock: &Clock) -> Window {
+        Window { from: clock.tick(), to: clock.tick() }
+    }
+
+    #[test]
+    fn an_answered_write_supersedes_what_ended_before_it() {
+        let (clock, ledger) = disk();
+        write(&ledger, 1);
+        write(&ledger, 2);
+        assert!(ledger.read(0, &[2], now(&clock)).is_ok());
+        assert!(ledger.read(0, &[1], now(&clock)).is_err());
+        assert!(ledger.read(0, &[0], now(&clock)).is_err());
+    }
+
+    #[test]
+    fn overlapping_writes_leave_either_until_a_read_decides() {
+        let (clock, ledger) = disk();
+        let (first, second) = (ledger.begin(1, 0, 1), ledger.begin(2, 0, 1));
+        ledger.end(second, true, false);
+        ledger.end(first, true, false);
+        assert!(ledger.read(0, &[2], now(&clock)).is_ok());
+        assert!(ledger.read(0, &[1], now(&clock)).is_err(), "the block was seen to hold 2");
+    }
+
+    #[test]
+    fn only_flushed_writes_survive_for_sure() {
+        let (clock, ledger) = disk();
+        write(&ledger, 1);
+        let sent = clock.tick();
+        write(&ledger, 2);
+        ledger.flushed(sent);
+        for (value, fits) in [(0, false), (1, true), (2, true), (3, false)] {
+            assert_eq!(ledger.survived(&[value, 0]).is_ok(), fits, "{value}");
+        }
+    }
+
+    #[test]
+    fn an_image_of_two_moments_is_no_point_in_time() {
+        let (clock, ledger) = disk();
+        let from = clock.tick();
+        write(&ledger, 1);
+        let id = ledger.begin(2, 1, 1);
+        ledger.end(id, true, false);
+        let window = Window { from, to: clock.tick() };
+        let moment = ledger.point_in_time(&[0, 2], window).expect("each block was so at some time");
+        assert!(ledger.not_before(&[0, 2], moment, window.to).is_err());
+        assert!(ledger.not_before(&[1, 2], moment, window.to).is_ok());
+    }
+}
