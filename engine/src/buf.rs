@@ -347,8 +347,7 @@ impl Buf {
             // which no operation of this core runs.
             let bytes = unsafe { std::slice::from_raw_parts(ptr, len) };
             let (head, words, tail) = as_words(bytes);
-            words.iter().all(|word| *word == 0)
-                && head.iter().chain(tail).all(|byte| *byte == 0)
+            words.iter().all(|word| *word == 0) && head.iter().chain(tail).all(|byte| *byte == 0)
         })
     }
 

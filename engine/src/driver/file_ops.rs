@@ -195,19 +195,9 @@ fn facts(
     }
     let (align, memory_align) =
         if spec.direct { direct_alignment(file.as_raw_fd()) } else { (1, 1) };
-    let identity = if block_device {
-        (u64::MAX, metadata.rdev())
-    } else {
-        (metadata.dev(), metadata.ino())
-    };
-    Ok(FileFacts {
-        size,
-        align,
-        memory_align,
-        identity,
-        block_device,
-        created: spec.create_new,
-    })
+    let identity =
+        if block_device { (u64::MAX, metadata.rdev()) } else { (metadata.dev(), metadata.ino()) };
+    Ok(FileFacts { size, align, memory_align, identity, block_device })
 }
 
 /// Alignment of offsets and of memory for O_DIRECT on this file (statx DIOALIGN).
@@ -219,13 +209,7 @@ fn direct_alignment(fd: RawFd) -> (u64, usize) {
     let mut facts: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: fd is open, the path is an empty C string, facts is writable.
     let result = unsafe {
-        libc::statx(
-            fd,
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            &raw mut facts,
-        )
+        libc::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut facts)
     };
     if result == 0 && facts.stx_dio_offset_align > 0 {
         let memory = facts.stx_dio_mem_align.max(1) as usize;
@@ -246,7 +230,6 @@ fn stat(path: &Path) -> Answer {
         memory_align: 1,
         identity: (metadata.dev(), metadata.ino()),
         block_device: kind.is_block_device(),
-        created: false,
     };
     Ok((0, FsOutcome::Facts(facts)))
 }
@@ -276,8 +259,8 @@ fn open_lock(path: &Path, identity: (u64, u64)) -> Answer {
         .open(path)
         .map_err(|error| io_errno(&error))?;
     let metadata = file.metadata().map_err(|error| io_errno(&error))?;
-    let same = metadata.file_type().is_block_device()
-        || (metadata.dev(), metadata.ino()) == identity;
+    let same =
+        metadata.file_type().is_block_device() || (metadata.dev(), metadata.ino()) == identity;
     if !same {
         return Err(Errno::ESTALE);
     }

@@ -68,8 +68,6 @@ pub(crate) struct FileFacts {
     pub(crate) identity: (u64, u64),
     /// Whether it is a block device.
     pub(crate) block_device: bool,
-    /// Whether it was created by this open.
-    pub(crate) created: bool,
 }
 
 /// How a file is opened.
@@ -95,19 +93,41 @@ pub(crate) struct LockSpec {
 pub(crate) enum FsOp {
     Open(OpenSpec),
     Stat(PathBuf),
-    Rename { from: PathBuf, to: PathBuf },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+    },
     Unlink(PathBuf),
     /// Makes creations, renames and removals in the folder durable.
     SyncFolder(PathBuf),
     /// Opens `path` for locking only and takes locks; the descriptor holds them.
-    OpenLock { path: PathBuf, identity: (u64, u64) },
+    OpenLock {
+        path: PathBuf,
+        identity: (u64, u64),
+    },
     /// Changes the locks held by a lock descriptor from `old` to `new`.
-    Lock { file: Rc<Handle>, old: LockSpec, new: LockSpec },
+    Lock {
+        file: Rc<Handle>,
+        old: LockSpec,
+        new: LockSpec,
+    },
     /// Data and holes from `offset`, as (length, data) runs covering `len`.
-    Extents { file: Rc<Handle>, offset: u64, len: u64 },
+    Extents {
+        file: Rc<Handle>,
+        offset: u64,
+        len: u64,
+    },
     /// fallocate with `mode`.
-    Fallocate { file: Rc<Handle>, mode: FallocateMode, offset: u64, len: u64 },
-    Truncate { file: Rc<Handle>, len: u64 },
+    Fallocate {
+        file: Rc<Handle>,
+        mode: FallocateMode,
+        offset: u64,
+        len: u64,
+    },
+    Truncate {
+        file: Rc<Handle>,
+        len: u64,
+    },
 }
 
 /// The fallocate modes that the engine uses.
@@ -130,7 +150,10 @@ pub(crate) enum FsOutcome {
     WrongKind(&'static str),
     /// The lock that could not be taken: index of the permission and whether it was the "shared"
     /// half.
-    LockConflict { permission: u8, shared: bool },
+    LockConflict {
+        permission: u8,
+        shared: bool,
+    },
 }
 
 /// A closure for the blocking pool, taken when it starts.
@@ -145,18 +168,39 @@ impl std::fmt::Debug for WorkItem {
 /// One operation.
 #[derive(Debug)]
 pub(crate) enum OpKind {
-    Read { file: Rc<Handle>, offset: u64, buf: Buf },
-    Write { file: Rc<Handle>, offset: u64, buf: Buf, fua: bool },
-    Sync { file: Rc<Handle> },
+    Read {
+        file: Rc<Handle>,
+        offset: u64,
+        buf: Buf,
+    },
+    Write {
+        file: Rc<Handle>,
+        offset: u64,
+        buf: Buf,
+        fua: bool,
+    },
+    Sync {
+        file: Rc<Handle>,
+    },
     Fs(FsOp),
     /// CPU-heavy or blocking work off the loop.
     Work(WorkItem),
-    Accept { socket: Rc<Handle> },
-    Recv { socket: Rc<Handle>, buf: Buf },
+    Accept {
+        socket: Rc<Handle>,
+    },
+    Recv {
+        socket: Rc<Handle>,
+        buf: Buf,
+    },
     /// Sends the whole buffer (short sends are continued by the driver's caller).
-    Send { socket: Rc<Handle>, buf: Buf },
+    Send {
+        socket: Rc<Handle>,
+        buf: Buf,
+    },
     /// Asks the kernel to end the operation `target` early.
-    Cancel { target: Token },
+    Cancel {
+        target: Token,
+    },
     /// The slot is free or its operation was taken.
     Vacant,
 }

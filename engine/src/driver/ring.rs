@@ -228,9 +228,9 @@ impl RingDriver {
 
     fn start_socket(&mut self, token: Token, slot: &mut OpSlot) {
         let fd = match &slot.kind {
-            OpKind::Accept { socket } | OpKind::Recv { socket, .. } | OpKind::Send { socket, .. } => {
-                raw_fd(socket)
-            }
+            OpKind::Accept { socket }
+            | OpKind::Recv { socket, .. }
+            | OpKind::Send { socket, .. } => raw_fd(socket),
             _ => None,
         };
         let Some(fd) = fd else {
@@ -377,10 +377,7 @@ fn build_ring() -> Result<IoUring> {
 }
 
 fn is_transient(error: &std::io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
-    )
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN))
 }
 
 const fn user_data(token: Token) -> u64 {
@@ -407,10 +404,7 @@ fn fill_iovecs(iovecs: &mut Vec<libc::iovec>, buf: &Buf) {
 }
 
 /// A message header in `slot` that points to `iovecs`.
-fn message(
-    slot: &mut Option<libc::msghdr>,
-    iovecs: &mut [libc::iovec],
-) -> *mut libc::msghdr {
+fn message(slot: &mut Option<libc::msghdr>, iovecs: &mut [libc::iovec]) -> *mut libc::msghdr {
     // SAFETY: msghdr is a plain C structure for which all-zero is valid.
     let header = slot.insert(unsafe { std::mem::zeroed() });
     header.msg_iov = iovecs.as_mut_ptr();

@@ -42,11 +42,7 @@ struct Inner {
 }
 
 impl Core {
-    pub(crate) fn new(
-        id: CoreId,
-        driver: Box<dyn Driver>,
-        mailboxes: Arc<[Arc<Mailbox>]>,
-    ) -> Self {
+    pub(crate) fn new(id: CoreId, driver: Box<dyn Driver>, mailboxes: Arc<[Arc<Mailbox>]>) -> Self {
         Self(Rc::new(Inner {
             id,
             driver: RefCell::new(driver),
@@ -243,13 +239,6 @@ impl Core {
             Completed::Wake(task) => self.0.tasks.wake(task),
             Completed::Orphan(left) => drop(left),
             Completed::Nobody => {}
-        }
-    }
-
-    /// Sets the outcome that a driver produced beside the result of a blocking call.
-    pub(crate) fn set_outcome(&self, token: crate::driver::Token, outcome: crate::driver::FsOutcome) {
-        if let Some(slot) = self.0.ops.borrow_mut().get(token) {
-            slot.outcome = outcome;
         }
     }
 

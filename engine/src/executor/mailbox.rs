@@ -5,7 +5,7 @@
 //! once more, then sleeps; a sender pushes, and wakes only if it took `parked` away.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -38,13 +38,6 @@ impl std::fmt::Debug for Message {
         })
     }
 }
-
-// Outcomes hold descriptors and plain data; the handles inside are made fresh by the blocking
-// call and are not shared before they arrive.
-const _: fn() = || {
-    fn is_send<T: Send>() {}
-    is_send::<SendOutcome>();
-};
 
 /// The mailbox of a core.
 pub(crate) struct Mailbox {
@@ -90,10 +83,6 @@ impl Mailbox {
     /// The core is awake.
     pub(crate) fn unpark(&self) {
         self.parked.store(false, Ordering::SeqCst);
-    }
-
-    pub(crate) fn eventfd(&self) -> Option<BorrowedFd<'_>> {
-        self.eventfd.as_ref().map(AsFd::as_fd)
     }
 
     /// The number of the wake descriptor, for the ring.

@@ -246,9 +246,7 @@ impl<T> Channel<T> {
     /// # Errors
     /// The item, if the queue was closed.
     pub async fn send(&self, item: T) -> Result<(), T> {
-        self.changed
-            .until(|| self.closed.get() || self.items.borrow().len() < self.capacity)
-            .await;
+        self.changed.until(|| self.closed.get() || self.items.borrow().len() < self.capacity).await;
         if self.closed.get() {
             return Err(item);
         }

@@ -109,24 +109,12 @@ impl TaskMemory {
     pub(super) fn store<F: Future + 'static>(&mut self, future: F) -> RawTask {
         let layout = Layout::new::<Stage<F>>();
         let memory = match class(layout) {
-            Some(class) => self.free[class]
-                .pop()
-                .unwrap_or_else(|| allocate(class_layout(class))),
+            Some(class) => self.free[class].pop().unwrap_or_else(|| allocate(class_layout(class))),
             None => allocate(layout),
         };
         // SAFETY: the block is at least as large and aligned as the layout demands.
         unsafe { memory.cast::<Stage<F>>().write(Stage::Running(future)) };
         RawTask { memory, vtable: &Of::<F>::VTABLE }
-    }
-
-    /// Drops what the task holds and keeps its block for reuse.
-    ///
-    /// # Safety
-    /// Called once per task, not while it is polled.
-    pub(super) unsafe fn release(&mut self, task: RawTask) {
-        // SAFETY: the caller's promise.
-        unsafe { drop_contents(task) };
-        self.recycle(task);
     }
 
     /// Keeps the block of a task whose contents were dropped.

@@ -100,7 +100,8 @@ async fn prepare(
     deadline_ns: u64,
 ) -> Result<()> {
     for (id, nodes) in closed.iter().cloned() {
-        let quiet = move |graph: Rc<Graph>| async move { quiesce(&graph, &nodes, deadline_ns).await };
+        let quiet =
+            move |graph: Rc<Graph>| async move { quiesce(&graph, &nodes, deadline_ns).await };
         on_core(core, id, quiet).await??;
     }
     for part in parts {
@@ -142,10 +143,7 @@ where
     answer.ok_or_else(|| Error::os(libc::ESHUTDOWN, "reach another core"))
 }
 
-fn nodes_of<'a>(
-    graph: &'a Rc<Graph>,
-    ids: &'a [NodeId],
-) -> impl Iterator<Item = Rc<Node>> + 'a {
+fn nodes_of<'a>(graph: &'a Rc<Graph>, ids: &'a [NodeId]) -> impl Iterator<Item = Rc<Node>> + 'a {
     ids.iter().filter_map(|id| graph.node(*id))
 }
 

@@ -9,7 +9,7 @@ mod error;
 mod open;
 mod registry;
 
-pub use cut::{CutPart, Swap, cut};
+pub use cut::{BeforeSwap, CutPart, Swap, cut};
 pub use error::GraphError;
 pub use open::{BackingSource, FileSource, FileSpec, OpenNode};
 pub use registry::{Graph, GraphConfig};

@@ -216,7 +216,8 @@ impl Graph {
             ..FileOptions::default()
         };
         let shown = found.path.display().to_string();
-        let file = File::open(self.core(), options).await.map_err(|error| as_backing(&shown, &error))?;
+        let file =
+            File::open(self.core(), options).await.map_err(|error| as_backing(&shown, &error))?;
         let head = self.core().pool().alloc(512);
         file.read(0, head.clone()).await?;
         let head = head.to_vec();

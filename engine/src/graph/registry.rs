@@ -212,7 +212,9 @@ impl Graph {
         let mut result: Result<()> = Ok(());
         loop {
             let free = self.nodes().into_iter().find(|node| {
-                node.users().iter().all(|user| !matches!(user, User::Overlay { .. } | User::Format { .. }))
+                node.users()
+                    .iter()
+                    .all(|user| !matches!(user, User::Overlay { .. } | User::Format { .. }))
             });
             let Some(node) = free else { break };
             let closed = self.close(node).await;
@@ -248,9 +250,9 @@ impl Graph {
         };
         overlay.link_backing(base.cloned());
         let mut nodes = self.nodes.borrow_mut();
-        let entry = nodes.get_mut(&overlay.id()).ok_or_else(|| {
-            Error::from(GraphError::NotFound(overlay.name().to_string()))
-        })?;
+        let entry = nodes
+            .get_mut(&overlay.id())
+            .ok_or_else(|| Error::from(GraphError::NotFound(overlay.name().to_string())))?;
         entry.children.extend(guard);
         Ok(())
     }

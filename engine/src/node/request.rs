@@ -92,7 +92,12 @@ fn checked_write(node: &Node, offset: u64, len: u64, op: &'static str) -> Result
     checked(node, offset, len, op)
 }
 
-pub(super) fn start_read(target: Target, core: &crate::executor::Core, offset: u64, buf: Buf) -> Receipt {
+pub(super) fn start_read(
+    target: Target,
+    core: &crate::executor::Core,
+    offset: u64,
+    buf: Buf,
+) -> Receipt {
     core.spawn(Class::Guest, async move {
         let admitted = target.admit().await;
         let node = &admitted.node;

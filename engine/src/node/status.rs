@@ -73,8 +73,7 @@ async fn look(path: &Path, range: GuestRange, layer: usize) -> Result<Vec<Todo>>
     let inside = range.intersect(GuestRange::new(0, format.size()));
     let mut found = Vec::new();
     let mut extents = Extents::new();
-    let lease =
-        if inside.is_empty() { None } else { format.resolve(inside, &mut extents) };
+    let lease = if inside.is_empty() { None } else { format.resolve(inside, &mut extents) };
     let mut rest = inside;
     for extent in &extents {
         let here = GuestRange { len: extent.len.min(rest.len), ..rest };

@@ -41,9 +41,7 @@ pub(crate) async fn read(path: &Path, from: usize, range: GuestRange, buf: &Buf)
     let mut result = Ok(());
     todo.push(Todo { range, at: 0, layer: from });
     while let Some(part) = todo.pop() {
-        if let Err(error) =
-            read_part(path, part, buf, &mut todo, &mut started, &mut leases).await
-        {
+        if let Err(error) = read_part(path, part, buf, &mut todo, &mut started, &mut leases).await {
             result = Err(error);
             break;
         }

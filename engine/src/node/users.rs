@@ -178,12 +178,7 @@ impl Node {
     }
 }
 
-fn conflict(
-    node: &Node,
-    user: &User,
-    permissions: Permissions,
-    other: &Entry,
-) -> Option<Conflict> {
+fn conflict(node: &Node, user: &User, permissions: Permissions, other: &Entry) -> Option<Conflict> {
     let denied = permissions.perm & !other.permissions.shared;
     if denied != 0 {
         return Some(Conflict::new(node, denied, user, &other.user));

@@ -62,12 +62,7 @@ impl Locks {
         }
     }
 
-    pub(super) async fn change(
-        &self,
-        core: &Core,
-        name: &str,
-        request: LockRequest,
-    ) -> Result<()> {
+    pub(super) async fn change(&self, core: &Core, name: &str, request: LockRequest) -> Result<()> {
         let (old, new) = (self.held.get(), request.spec());
         if old == new {
             return Ok(());

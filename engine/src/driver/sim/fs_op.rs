@@ -84,7 +84,7 @@ impl Kernel {
         }
     }
 
-    fn facts(&self, inode: u64, direct: bool, created: bool) -> FileFacts {
+    fn facts(&self, inode: u64, direct: bool) -> FileFacts {
         let state = self.fs.state();
         let align = if direct { state.config.direct_align.max(1) } else { 1 };
         FileFacts {
@@ -93,7 +93,6 @@ impl Kernel {
             memory_align: usize::try_from(align).unwrap_or(1),
             identity: (DEVICE, inode),
             block_device: false,
-            created,
         }
     }
 
@@ -128,14 +127,14 @@ impl Kernel {
             None => return Err(libc::ENOENT),
         };
         let handle = self.add_open(inode, &path, spec);
-        Ok(FsOutcome::Opened(handle, self.facts(inode, spec.direct, spec.create_new)))
+        Ok(FsOutcome::Opened(handle, self.facts(inode, spec.direct)))
     }
 
     fn stat(&self, path: &Path) -> Answer {
         let path = normal(path);
         let known = self.fs.state().names.get(&path).copied();
         match known {
-            Some(inode) => Ok(FsOutcome::Facts(self.facts(inode, false, false))),
+            Some(inode) => Ok(FsOutcome::Facts(self.facts(inode, false))),
             None if self.fs.state().is_folder(&path) => Ok(FsOutcome::WrongKind("a directory")),
             None => Err(libc::ENOENT),
         }
