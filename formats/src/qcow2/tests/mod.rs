@@ -1,0 +1,8 @@
+//! Tests of whole images: a small mover of data, then models, peers, damage and failures on it.
+
+mod damage;
+mod failures;
+mod model;
+mod mover;
+mod peer;
+mod steps;

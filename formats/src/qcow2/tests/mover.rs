@@ -1,0 +1,167 @@
+//! The least that moves data through a `Format`, for tests: one request at a time per call.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use liveblk_engine::Result;
+use liveblk_engine::address::GuestRange;
+use liveblk_engine::buf::Buf;
+use liveblk_engine::driver::sim::{Sim, SimConfig};
+use liveblk_engine::executor::Core;
+use liveblk_engine::format::{
+    Driver, Extents, Fill, Format, Mapping, OpenImage, WriteStep, ZeroMode, ZeroStep,
+};
+use liveblk_engine::storage::{File, FileOptions, Storage};
+
+use crate::qcow2::{Options, Qcow2Driver};
+
+/// What the layers below hold: a function of the byte's position, 0 where there is no layer.
+pub(super) type Below = fn(u64) -> u8;
+
+/// An image with a layer below.
+#[derive(Clone)]
+pub(super) struct Disk {
+    pub(super) core: Core,
+    pub(super) format: Rc<dyn Format>,
+    pub(super) below: Below,
+}
+
+/// A calm world for one test.
+pub(super) fn calm<F: Future + 'static>(make: impl FnOnce(Core) -> F) -> F::Output
+where
+    F::Output: 'static,
+{
+    Sim::new(SimConfig::new(1).calm()).block_on(0, make)
+}
+
+/// A file of the world.
+pub(super) async fn file(core: &Core, path: &str, create_new: bool) -> Storage {
+    let options =
+        FileOptions { path: path.into(), writable: true, create_new, ..FileOptions::default() };
+    Storage::File(File::open(core, options).await.expect("the file opens"))
+}
+
+/// Opens the image in `storage`.
+pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Result<Disk> {
+    let filename = PathBuf::from(storage.name());
+    let core = core.clone();
+    let image =
+        OpenImage { core: core.clone(), storage, filename, writable, raw_offset: 0, raw_size: None };
+    let driver = Qcow2Driver::with_options(Options { discard_unmap: true });
+    let format = driver.open(image).await?;
+    Ok(Disk { core, format, below: |_| 0 })
+}
+
+impl Disk {
+    /// A buffer with what lies below `range`.
+    fn below(&self, start: u64, len: u64) -> Buf {
+        let bytes: Vec<u8> = (start..start + len).map(self.below).collect();
+        Buf::from_vec(bytes)
+    }
+
+    pub(super) async fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let storage = self.format.data_storage().clone();
+        let mut done = 0;
+        while done < bytes.len() as u64 {
+            let range = GuestRange::new(at + done, bytes.len() as u64 - done);
+            match self.format.begin_write(range)? {
+                WriteStep::Miss(miss) => self.format.load(miss).await?,
+                WriteStep::Wait(wait) => self.format.pending(wait).await,
+                WriteStep::Ready(piece) => {
+                    let start = range.start.bytes() - piece.head;
+                    let (head, tail) = match piece.fill {
+                        Fill::Below => (
+                            self.below(start, piece.head),
+                            self.below(range.start.bytes() + piece.len, piece.tail),
+                        ),
+                        Fill::Zero => {
+                            let zeroed = |len: u64| self.core.pool().zeroed(len as usize);
+                            (zeroed(piece.head), zeroed(piece.tail))
+                        }
+                        Fill::Old(old) => {
+                            let pool = self.core.pool();
+                            let head = pool.alloc(piece.head as usize);
+                            let tail = pool.alloc(piece.tail as usize);
+                            storage.read(old.bytes(), head.clone()).await?;
+                            let after = old.bytes() + piece.head + piece.len;
+                            storage.read(after, tail.clone()).await?;
+                            (head, tail)
+                        }
+                        Fill::OldCompressed => unreachable!("not made by this version"),
+                    };
+                    let mut whole = head;
+                    let part = &bytes[done as usize..(done + piece.len) as usize];
+                    whole.append(Buf::from_vec(part.to_vec()));
+                    whole.append(tail);
+                    let host = piece.host.bytes() - piece.head;
+                    storage.write(host, whole, false).await?;
+                    piece.guard.complete();
+                    done += piece.len;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn zero(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let range = GuestRange::new(at + done, len - done);
+            match self.format.begin_zero(range, mode)? {
+                ZeroStep::Miss(miss) => self.format.load(miss).await?,
+                ZeroStep::Wait(wait) => self.format.pending(wait).await,
+                ZeroStep::Done { len } => {
+                    assert!(len > 0 && len <= range.len);
+                    done += len;
+                }
+                ZeroStep::Write { len } => {
+                    if mode != ZeroMode::Discard {
+                        self.write(at + done, &vec![0; len as usize]).await?;
+                    }
+                    done += len;
+                }
+                ZeroStep::Storage { len, host, guard } => {
+                    let storage = self.format.data_storage();
+                    storage.write_zeroes(host.bytes(), len, true).await?;
+                    guard.complete();
+                    done += len;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        while (out.len() as u64) < len {
+            let from = at + out.len() as u64;
+            let range = GuestRange::new(from, len - out.len() as u64);
+            let mut extents = Extents::new();
+            let lease = self.format.resolve(range, &mut extents);
+            let mut position = from;
+            for extent in &extents {
+                match &extent.mapping {
+                    Mapping::Data(host) => {
+                        let buf = self.core.pool().alloc(extent.len as usize);
+                        let storage = self.format.data_storage();
+                        storage.read(host.bytes(), buf.clone()).await?;
+                        out.extend(buf.to_vec());
+                    }
+                    Mapping::Zero => out.resize(out.len() + extent.len as usize, 0),
+                    Mapping::Absent => {
+                        out.extend((position..position + extent.len).map(self.below));
+                    }
+                    Mapping::Damaged(error) => return Err(error.clone()),
+                    Mapping::Compressed => unreachable!("not made by this version"),
+                    Mapping::Miss(miss) => {
+                        self.format.load(*miss).await?;
+                        break;
+                    }
+                }
+                position += extent.len;
+            }
+            drop(lease);
+        }
+        Ok(out)
+    }
+}
