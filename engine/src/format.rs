@@ -2,7 +2,8 @@
 //!
 //! A format resolves guest addresses to host addresses and keeps the metadata; it never moves
 //! guest data. One place moves bytes: `node::transfer`. Everything that a request needs on the hot
-//! path is synchronous in memory; what needs I/O answers [`Mapping::Miss`] / [`WriteStep::Miss`] and
+//! path is synchronous in memory; what needs I/O answers [`Mapping::Miss`] / [`WriteStep::Miss`]
+//! and
 //! is loaded by [`Format::load`], after which the request asks again.
 //!
 //! Duties of the engine (caller):
@@ -18,7 +19,8 @@
 //! 2. The second writer of a cluster whose first write is pending gets [`WriteStep::Wait`].
 //! 3. A freed cluster is handed out again only when its unlink is durable and every older lease is
 //!    gone (see [`crate::lease`]).
-//! 4. `flush` makes data written before it and all completed mappings durable, in the format's order
+//! 4. `flush` makes data written before it and all completed mappings durable, in the format's
+//!    order
 //!    rules. Cache fills and write-backs are tasks of the image: dropping a caller's future never
 //!    stops one half-way.
 //! 5. Nothing panics on any content of the file.

@@ -5,7 +5,8 @@
 //!
 //! Order rule: (1) unlink the cluster from the mapping and make that durable; (2) `retire` the
 //! current epoch; (3) reuse the cluster only when `quiesced(epoch)` is true. A lease taken after
-//! (1) cannot have seen the old mapping, a lease taken before belongs to that epoch or an older one.
+//! (1) cannot have seen the old mapping, a lease taken before belongs to that epoch or an older
+//! one.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;

@@ -1,7 +1,8 @@
 //! The real driver: one io_uring per core, created on its thread.
 //!
 //! Flags are probed from the best set down (NO_SQARRAY, then DEFER_TASKRUN, then plain). Files on
-//! memory (tmpfs, ramfs) are served by pread/pwrite on the loop in pieces that fit the cache, within
+//! memory (tmpfs, ramfs) are served by pread/pwrite on the loop in pieces that fit the cache,
+//! within
 //! a byte budget per turn, because the ring would hand every such request to a worker thread.
 //!
 //! Order rules: (1) entries are pushed at `submit` and enter the kernel at the next `turn`, with at

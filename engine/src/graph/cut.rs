@@ -8,7 +8,8 @@
 //! nothing was changed.
 //!
 //! The cut is consistent over several disks: an answered request is before it on every disk,
-//! because all gates are closed before anything is looked at, and a request that begins later waits.
+//! because all gates are closed before anything is looked at, and a request that begins later
+//! waits.
 
 use std::future::Future;
 use std::rc::Rc;
@@ -55,7 +56,8 @@ impl std::fmt::Debug for CutPart {
 /// The cut runs as a task of its own: dropping the returned future does not stop it half-way.
 ///
 /// # Errors
-/// `TimedOut` naming the slow node; errors of a flush or of `before_swap`. Nothing was changed then.
+/// `TimedOut` naming the slow node; errors of a flush or of `before_swap`. Nothing was changed
+/// then.
 pub fn cut(
     core: &Core,
     parts: Vec<CutPart>,

@@ -1,4 +1,5 @@
-//! Requests on a node as tasks: admission, claim, hooks, transfer, in the order of the module header.
+//! Requests on a node as tasks: admission, claim, hooks, transfer, in the order of the module
+//! header.
 
 use std::rc::Rc;
 

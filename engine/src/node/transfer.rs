@@ -1,6 +1,7 @@
 //! The one place that moves guest data between buffers and layers.
 //!
-//! Reads: (1) resolve from the top layer down, whole extents at a time; (2) start every storage read
+//! Reads: (1) resolve from the top layer down, whole extents at a time; (2) start every storage
+//! read
 //! as soon as it is known; (3) await all of them; leases live until then.
 //!
 //! Writes (under the node's claim): (1) begin a piece; (2) read what its allocation needs from the

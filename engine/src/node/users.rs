@@ -141,7 +141,8 @@ impl Users {
         UserGuard { node: Rc::downgrade(node), id }
     }
 
-    /// The same user with the same permissions on the node that these users belong to. Only inside a
+    /// The same user with the same permissions on the node that these users belong to. Only inside
+    /// a
     /// cut, where the caller has made sure that it fits.
     pub(super) fn transfer(&self, node: &Rc<Node>, guard: &UserGuard) -> UserGuard {
         let entry = guard.node.upgrade().and_then(|old| {

@@ -1,7 +1,8 @@
 //! A file or block device as storage: alignment, short transfers, flush coalescing, locks.
 //!
 //! Order rules: (1) direct writes hold a range claim from before their first read or write to after
-//! their last completion, so that the read-modify-write of an unaligned edge and a neighbour's write
+//! their last completion, so that the read-modify-write of an unaligned edge and a neighbour's
+//! write
 //! never overlap; (2) a flush covers the writes that ended before it was asked for: one runs at a
 //! time, later callers share the next one; (3) a failed flush is remembered for good, because the
 //! kernel forgets which pages it lost.
