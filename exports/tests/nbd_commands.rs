@@ -52,14 +52,18 @@ fn a_pipeline_of_requests_in_one_send_is_answered_completely() {
     }
     let mut stream = client.stream.try_clone().unwrap();
     let sender = std::thread::spawn(move || std::io::Write::write_all(&mut stream, &bytes));
-    let mut cookies: Vec<u64> = (0..500).map(|_| client.simple()).map(|(error, cookie)| {
-        assert_eq!(error, 0);
-        cookie
-    }).collect();
+    let mut cookies: Vec<u64> = (0..500)
+        .map(|_| client.simple())
+        .map(|(error, cookie)| {
+            assert_eq!(error, 0);
+            cookie
+        })
+        .collect();
     cookies.sort_unstable();
     assert_eq!(cookies, (0..500).collect::<Vec<_>>());
     sender.join().unwrap().unwrap();
-    let all: Vec<u8> = (0..500).flat_map(|cookie| request(READ, 0, cookie, cookie * 4096, 4096)).collect();
+    let all: Vec<u8> =
+        (0..500).flat_map(|cookie| request(READ, 0, cookie, cookie * 4096, 4096)).collect();
     client.send(&all);
     for _ in 0..500 {
         let (error, cookie) = client.simple();
@@ -126,9 +130,18 @@ fn zeroes_trims_caches_and_flushes_with_all_their_flags_succeed() {
     let server = Server::start(SIZE);
     let mut client = Bare::ready(&server.socket(), "disk", false);
     for (index, (command, flags)) in [
-        (WRITE_ZEROES, 0), (WRITE_ZEROES, 1), (WRITE_ZEROES, 2), (TRIM, 0), (TRIM, 1), (CACHE, 0),
-        (FLUSH, 0), (FLUSH, 1),
-    ].into_iter().enumerate() {
+        (WRITE_ZEROES, 0),
+        (WRITE_ZEROES, 1),
+        (WRITE_ZEROES, 2),
+        (TRIM, 0),
+        (TRIM, 1),
+        (CACHE, 0),
+        (FLUSH, 0),
+        (FLUSH, 1),
+    ]
+    .into_iter()
+    .enumerate()
+    {
         assert_eq!(write(&mut client, 0, &pattern(256 << 10, 3)), 0);
         let length = if command == FLUSH { 0 } else { 128 << 10 };
         client.send(&request(command, flags, index as u64, 0, length));

@@ -26,7 +26,7 @@ fn is_served(server: &Server) {
 fn malformed_handshakes_end_or_are_refused_and_leave_nothing_behind() {
     let server = Server::start(SIZE);
     is_served(&server);
-    let level = server.level();
+    let level = server.settled();
     let flags = [0, 0, 0, 3];
     let long = [b'n'; 5000];
     let mut cases: Vec<(&str, Vec<u8>)> = vec![
@@ -82,7 +82,7 @@ fn long_names_are_refused_and_the_handshake_goes_on() {
 fn malformed_requests_end_the_connection_or_are_refused() {
     let server = Server::start(SIZE);
     is_served(&server);
-    let level = server.level();
+    let level = server.settled();
     let mut bad_magic = request(READ, 0, 1, 0, 512);
     bad_magic[0] = 0;
     let cases: [(&str, Vec<u8>); 5] = [
@@ -109,7 +109,7 @@ fn malformed_requests_end_the_connection_or_are_refused() {
 fn a_client_that_vanishes_mid_request_costs_nothing() {
     let server = Server::start(SIZE);
     is_served(&server);
-    let level = server.level();
+    let level = server.settled();
     for round in 0..20_u64 {
         let mut client = Bare::ready(&server.socket(), "disk", round % 2 == 0);
         for cookie in 0..64 {
@@ -129,7 +129,7 @@ fn a_client_that_vanishes_mid_request_costs_nothing() {
 fn clients_that_do_not_read_cost_bounded_memory_and_others_are_served() {
     let server = Server::start(SIZE);
     is_served(&server);
-    let level = server.level();
+    let level = server.settled();
     let bytes: Vec<u8> = (0..16).flat_map(|cookie| request(READ, 4, cookie, 0, 1 << 20)).collect();
     let greedy: Vec<_> = (0..64)
         .map(|index| {

@@ -86,7 +86,7 @@ impl SharedMemory {
         if let Some(account) = stalled.max_by_key(|account| account.held.get()) {
             tracing::warn!(
                 bytes = account.held.get(),
-                "an NBD client that does not take its replies is disconnected: others need the memory"
+                "an NBD client stands still while others need its memory: disconnected"
             );
             account.close();
         }

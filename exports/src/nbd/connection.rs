@@ -6,11 +6,11 @@
 //! ```
 //! One task receives and starts requests, which are tasks of their own; another one sends. The
 //! receiving task stops reading when the connection's grants are used up, so a client that pipelines
-//! without end, or does not read, or whose disk is held by a cut, waits in its own socket buffer.
+//! without end, or does not read, or whose disk is held by a cut, waits in its socket buffer.
 //!
-//! Order rule of the end: (1) no more requests start; (2) those in flight end and their replies are
-//! sent, or dropped once the peer is gone or [`LINGER_NS`] have passed; (3) the sender ends; (4) the
-//! export loses its user. A request that was admitted runs to its end in any case.
+//! Order rule of the end: (1) no more requests start; (2) those in flight end and their replies
+//! are sent, or dropped once the peer is gone or [`LINGER_NS`] have passed; (3) the sender ends;
+//! (4) the export loses its user. A request that was admitted runs to its end in any case.
 
 use std::rc::Rc;
 
@@ -28,7 +28,9 @@ use super::intake::Intake;
 use super::outbox::Outbox;
 use super::request::{Admission, Request, Session, admit, refuse, serve};
 use super::server::ServerState;
-use super::wire::{Greeting, OptionCode, OptionHeader, PAYLOAD_MAX, RequestHeader, handshake, magic};
+use super::wire::{
+    Greeting, OptionCode, OptionHeader, PAYLOAD_MAX, RequestHeader, handshake, magic,
+};
 use crate::limits::{LINGER_NS, OPTION_BYTES, RECEIVE_WINDOW};
 
 /// Serves one client from its greeting to its end.

@@ -5,7 +5,7 @@
 
 use super::wire::{
     BlockSize, InfoQuery, InfoType, MetaQuery, OptionCode, OptionReply, OptionReplyWriter,
-    PAYLOAD_MAX, STRING_MAX, Transmission, WireError, handshake,
+    PAYLOAD_MAX, STRING_MAX, Transmission, WireError, handshake, prefix,
 };
 
 /// The one metadata context, and its id.
@@ -65,12 +65,7 @@ impl Negotiation {
     }
 
     /// The answer to `option` with `data`.
-    pub(crate) fn answer(
-        &mut self,
-        offers: &[Offer<'_>],
-        option: OptionCode,
-        data: &[u8],
-    ) -> Step {
+    pub(crate) fn answer(&mut self, offers: &[Offer<'_>], option: OptionCode, data: &[u8]) -> Step {
         if !self.fixed_newstyle && option != OptionCode::ExportName {
             return Step::End(Vec::new());
         }
@@ -224,10 +219,9 @@ fn refuse(out: &mut OptionReplyWriter, option: OptionCode, error: WireError) {
 
 fn not_present(out: &mut OptionReplyWriter, name: &[u8]) {
     let name = String::from_utf8_lossy(name);
-    let message = match name.get(..name.floor_char_boundary(NAME_SHOWN)) {
-        Some(start) if start.len() < name.len() => format!("export '{start}...' not present"),
-        _ => format!("export '{name}' not present"),
-    };
+    let start = prefix(&name, NAME_SHOWN);
+    let dots = if start.len() < name.len() { "..." } else { "" };
+    let message = format!("export '{start}{dots}' not present");
     out.error(OptionReply::ErrUnknown, &message);
 }
 

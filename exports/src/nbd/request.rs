@@ -18,7 +18,8 @@ use super::handshake::{BASE_ALLOCATION_ID, Features};
 use super::outbox::{Outbox, Reply};
 use super::wire::{
     ChunkHead, Command, CommandFlags, ErrorCode, PAYLOAD_MAX, RequestHeader, Transmission,
-    WireError, chunk_type, encode_error_payload, encode_status, encode_status_context, magic, state,
+    WireError, chunk_type, encode_error_payload, encode_status, encode_status_context, magic,
+    state,
 };
 use crate::limits::{CACHE_STEP, READ_CHUNKS, SMALL_READ, STATUS_RUNS, STATUS_STEP};
 

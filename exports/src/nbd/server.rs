@@ -94,8 +94,7 @@ impl NbdServer {
             changed: Notify::new(core),
         });
         let listener = Rc::new(listener);
-        let accepting =
-            core.spawn(Class::Guest, accept(Rc::clone(&state), Rc::clone(&listener)));
+        let accepting = core.spawn(Class::Guest, accept(Rc::clone(&state), Rc::clone(&listener)));
         Ok(Self { state, listener, accepting })
     }
 

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use liveblk_engine::executor::{Core, CoreId, Engine, EngineConfig};
@@ -25,7 +25,11 @@ pub struct Server {
     pub engine: Engine,
     pub folder: tempfile::TempDir,
     gone: mpsc::Receiver<String>,
+    /// One server at a time: descriptors are counted for the whole process.
+    _turn: MutexGuard<'static, ()>,
 }
+
+static TURN: Mutex<()> = Mutex::new(());
 
 /// The exports of the core, found again by later calls.
 struct Here(Exports);
@@ -47,6 +51,7 @@ impl Server {
 
     /// The same with another configuration.
     pub fn start_with(size: u64, adapt: impl FnOnce(&mut ServerConfig)) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("disk.raw");
         std::fs::File::create(&image).unwrap().set_len(size).unwrap();
@@ -72,7 +77,7 @@ impl Server {
             Ok::<(), String>(())
         });
         started.wait().unwrap().unwrap();
-        Self { engine, folder, gone }
+        Self { engine, folder, gone, _turn: turn }
     }
 
     /// Runs `f` with the exports on their core.
@@ -115,6 +120,19 @@ impl Server {
         });
         let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
         Level { connections, buffer_bytes, operations, descriptors }
+    }
+
+    /// The level without any connection.
+    pub fn settled(&self) -> Level {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let level = self.level();
+            if level.connections == 0 && level.buffer_bytes == 0 {
+                return level;
+            }
+            assert!(Instant::now() < until, "connections end: {level:?}");
+            std::thread::yield_now();
+        }
     }
 
     /// Waits until everything is back at `level`.

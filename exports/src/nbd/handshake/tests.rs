@@ -99,8 +99,7 @@ fn malformed_names_and_lengths_are_refused_as_the_peer_does() {
 #[test]
 fn list_names_all_exports_in_order() {
     let got = ask(&mut client(), OptionCode::List, b"");
-    let expected =
-        [(2, b"\0\0\0\x01e".to_vec()), (2, b"\0\0\0\0a disk".to_vec()), (1, Vec::new())];
+    let expected = [(2, b"\0\0\0\x01e".to_vec()), (2, b"\0\0\0\0a disk".to_vec()), (1, Vec::new())];
     assert_eq!(got, expected);
     let got = error(&ask(&mut client(), OptionCode::List, b"x"));
     assert_eq!(got, (3, "option 'list' has unexpected length".to_owned()));

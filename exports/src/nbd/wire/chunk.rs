@@ -67,10 +67,15 @@ impl ChunkHead {
     }
 }
 
+/// The longest start of `text` that has at most `max` bytes and ends between two characters.
+pub(crate) fn prefix(text: &str, max: usize) -> &str {
+    let end = (0..=max.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    end.and_then(|end| text.get(..end)).unwrap_or_default()
+}
+
 /// The payload of an error chunk.
 pub fn encode_error_payload(code: ErrorCode, message: &str) -> Vec<u8> {
-    let end = message.floor_char_boundary(super::STRING_MAX);
-    let message = message.get(..end).unwrap_or_default().as_bytes();
+    let message = prefix(message, super::STRING_MAX).as_bytes();
     let mut payload = (code as u32).to_be_bytes().to_vec();
     payload.extend_from_slice(&u16::try_from(message.len()).unwrap_or(0).to_be_bytes());
     payload.extend_from_slice(message);
@@ -105,7 +110,7 @@ pub fn decode_status(
     if !runs_ok {
         return Err(WireError::Inconsistent);
     }
-    let pairs = std::iter::from_fn(move || runs.next())
-        .map(|run| (run.length.get(), run.flags.get()));
+    let pairs =
+        std::iter::from_fn(move || runs.next()).map(|run| (run.length.get(), run.flags.get()));
     Ok((u32::from_be_bytes(*id), pairs))
 }

@@ -8,7 +8,10 @@ use super::error::WireError;
 
 /// Declares a wire structure with its size checked at compile time.
 macro_rules! wire_struct {
-    ($(#[$meta:meta])* $name:ident, $size:literal { $($(#[$doc:meta])* $field:ident: $kind:ty,)* }) => {
+    (
+        $(#[$meta:meta])*
+        $name:ident, $size:literal { $($(#[$doc:meta])* $field:ident: $kind:ty,)* }
+    ) => {
         $(#[$meta])*
         #[derive(
             Clone, Copy, Debug, PartialEq, Eq,
@@ -169,11 +172,7 @@ wire_struct! {
 impl Greeting {
     /// A fixed-newstyle greeting.
     pub fn new(flags: u16) -> Self {
-        Self {
-            magic: magic::NBD.into(),
-            option_magic: magic::OPTION.into(),
-            flags: flags.into(),
-        }
+        Self { magic: magic::NBD.into(), option_magic: magic::OPTION.into(), flags: flags.into() }
     }
 }
 

@@ -10,6 +10,7 @@ mod error;
 mod layout;
 mod option;
 
+pub(crate) use self::chunk::prefix;
 pub use self::chunk::{
     ChunkHead, decode_status, encode_error_payload, encode_status, encode_status_context,
 };

@@ -2,6 +2,7 @@
 
 use zerocopy::IntoBytes;
 
+use super::chunk::prefix;
 use super::codes::{BlockSize, InfoType, OptionCode, OptionReply, Transmission, magic};
 use super::error::WireError;
 use super::layout::{InfoBlockSize, InfoExport, OptionHeader, OptionReplyHeader};
@@ -25,8 +26,7 @@ impl<'a> InfoQuery<'a> {
     /// If lengths contradict each other, the name is too long, or bytes are left over.
     pub fn decode(data: &'a [u8]) -> Result<Self, WireError> {
         let mut rest = Cursor(data);
-        let mut query =
-            Self { name: rest.name()?, wants_name: false, wants_block_size: false };
+        let mut query = Self { name: rest.name()?, wants_name: false, wants_block_size: false };
         for _ in 0..rest.u16()? {
             let info = rest.u16()?;
             query.wants_name |= info == InfoType::Name as u16;
@@ -155,8 +155,7 @@ impl OptionReplyWriter {
 
     /// A failure with a message for people.
     pub fn error(&mut self, reply: OptionReply, message: &str) {
-        let end = message.floor_char_boundary(STRING_MAX);
-        self.put(reply, message.get(..end).unwrap_or_default().as_bytes());
+        self.put(reply, prefix(message, STRING_MAX).as_bytes());
     }
 
     /// One export of a list.

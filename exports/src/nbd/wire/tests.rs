@@ -76,7 +76,11 @@ proptest! {
     }
 
     #[test]
-    fn heads_of_replies_name_their_request_and_length(cookie: u64, offset: u64, length in 0_u32..1 << 25) {
+    fn heads_of_replies_name_their_request_and_length(
+        cookie: u64,
+        offset: u64,
+        length in 0_u32..1 << 25,
+    ) {
         let head = ChunkHead::data(cookie, offset, length, true);
         let chunk = ChunkHeader::decode(head.as_bytes()).unwrap();
         prop_assert_eq!((chunk.cookie.get(), chunk.length.get()), (cookie, length + 8));
