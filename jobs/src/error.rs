@@ -90,6 +90,20 @@ pub enum JobError {
         /// Bytes of the target.
         target: u64,
     },
+    /// No node or device of that name (the peer's text for snapshots and jobs).
+    NodeNotFound {
+        /// What was given as device.
+        device: Box<str>,
+        /// What was given as node name.
+        node: Box<str>,
+    },
+    /// Somebody writes the node and would go on doing so.
+    InUse {
+        /// The node.
+        node: Box<str>,
+        /// Who.
+        by: Box<str>,
+    },
     /// A node is in use by a job in a way that excludes this.
     BusyWithJob {
         /// The node.
@@ -162,11 +176,6 @@ pub enum SnapshotError {
         /// Why.
         source: liveblk_engine::Error,
     },
-    /// The same node twice in one transaction.
-    NodeTwice {
-        /// The node.
-        node: Box<str>,
-    },
 }
 
 impl fmt::Display for JobError {
@@ -208,6 +217,12 @@ impl fmt::Display for JobError {
             Self::SizesDifferBytes { .. } => {
                 f.write_str("Source and target image have different sizes")
             }
+            Self::NodeNotFound { device, node } => {
+                write!(f, "Cannot find device='{device}' nor node-name='{node}'")
+            }
+            Self::InUse { node, by } => {
+                write!(f, "Node '{node}' is busy: it is written by {by}")
+            }
             Self::BusyWithJob { node, kind } => {
                 write!(f, "Node '{node}' is busy: block device is in use by block job: {kind}")
             }
@@ -238,10 +253,10 @@ impl fmt::Display for SnapshotError {
                 "Could not create '{path}': the file exists and is not empty \
                  (remove it, or use mode 'existing')"
             ),
-            Self::File { path, source } => write!(f, "Could not create '{path}': {source}"),
-            Self::NodeTwice { node } => {
-                write!(f, "Node '{node}' cannot be snapshotted twice in one transaction")
-            }
+            Self::File { path, source } => match source.detail() {
+                Some(detail) => write!(f, "Could not create '{path}': {detail}"),
+                None => write!(f, "Could not create '{path}': {}", source.kind()),
+            },
         }
     }
 }

@@ -244,6 +244,16 @@ impl Job {
         self.nodes.get()
     }
 
+    /// Bytes done, as progress counts them.
+    pub fn copied(&self) -> u64 {
+        self.progress.done()
+    }
+
+    /// Bytes done and left, as progress counts them.
+    pub fn total(&self) -> u64 {
+        self.progress.total()
+    }
+
     /// Why it failed, if it did.
     pub fn error(&self) -> Option<JobError> {
         self.error.borrow().clone()

@@ -24,8 +24,10 @@ pub mod mirror;
 pub mod progress;
 pub mod rate;
 pub mod region;
+pub mod snapshot;
 pub mod spec;
 mod start;
+pub mod transaction;
 mod txn;
 
 pub use backup::start_backup;
@@ -35,5 +37,7 @@ pub use job::Job;
 pub use lifecycle::{Status, Verb};
 pub use manager::JobManager;
 pub use mirror::start_mirror;
+pub use snapshot::{NewImageMode, SnapshotFile};
 pub use spec::{BackupSpec, CopyMode, JobOptions, MirrorSpec, OnError, SyncMode};
+pub use transaction::{Action, BackupAction, CompletionMode, snapshot_file, transaction};
 pub use txn::JobTxn;

@@ -7,7 +7,11 @@ use liveblk_engine::driver::sim::{FaultRule, HoldPoint, OpFilter, SimOpKind};
 use liveblk_jobs::{BackupSpec, JobManager, OnError, SyncMode, Verb, start_backup};
 use rig::*;
 
-fn spec(id: &str, source: &std::rc::Rc<liveblk_engine::node::Node>, target: &std::rc::Rc<liveblk_engine::node::Node>) -> BackupSpec {
+fn spec(
+    id: &str,
+    source: &std::rc::Rc<liveblk_engine::node::Node>,
+    target: &std::rc::Rc<liveblk_engine::node::Node>,
+) -> BackupSpec {
     BackupSpec {
         job: options(id),
         source: source.clone(),
@@ -44,8 +48,7 @@ fn a_backup_is_the_instant_of_its_start_whatever_guests_write() {
             assert_eq!(first_difference(&content(&d).await, &log.model(0, &expected)), None);
             events.words()
         });
-        let wanted =
-            ["created", "running", "waiting", "pending", "COMPLETED", "concluded", "null"];
+        let wanted = ["created", "running", "waiting", "pending", "COMPLETED", "concluded", "null"];
         assert_eq!(words, wanted, "seed {seed}");
     }
 }
@@ -183,7 +186,10 @@ fn policy_stop_pauses_and_resume_writes_the_old_content_again() {
             assert_eq!(log.failures.get(), 0);
             log.prove_instant(&[(0, &expected, &content(&t).await)], from, to);
             let words = events.words();
-            assert!(words.iter().filter(|word| *word == "ERROR write stop").count() == 1, "{words:?}");
+            assert!(
+                words.iter().filter(|word| *word == "ERROR write stop").count() == 1,
+                "{words:?}"
+            );
             assert!(events.has("COMPLETED"), "{words:?}");
             drop(d);
         });
@@ -212,10 +218,9 @@ fn policy_ignore_tries_again_until_the_target_takes_it() {
 
 #[test]
 fn failed_reads_follow_the_source_policy() {
-    for (policy, word) in [
-        (OnError::Report, "COMPLETED Input/output error"),
-        (OnError::Ignore, "COMPLETED"),
-    ] {
+    for (policy, word) in
+        [(OnError::Report, "COMPLETED Input/output error"), (OnError::Ignore, "COMPLETED")]
+    {
         let mut sim = world(450);
         let first = filled(SIZE);
         sim.fs().create("/d", &first);
@@ -372,7 +377,8 @@ fn bad_requests_are_refused_with_the_peers_texts_and_leave_nothing() {
     sim.block_on(0, |core| async move {
         let (d, t) = (node(&core, "d", "/d").await, node(&core, "t", "/t").await);
         let s = node(&core, "s", "/s").await;
-        let text = |spec| async move { start_backup(spec).await.map(|_| ()).unwrap_err().to_string() };
+        let text =
+            |spec| async move { start_backup(spec).await.map(|_| ()).unwrap_err().to_string() };
         assert_eq!(text(spec("", &d, &t)).await, "Invalid job ID ''");
         assert_eq!(text(spec("j", &d, &s)).await, "Source and target image have different sizes");
         let mut negative = spec("j", &d, &t);

@@ -70,7 +70,14 @@ fn complete_moves_the_guests_to_the_target_and_loses_no_write() {
         });
         drop(source);
         let wanted = [
-            "created", "running", "ready", "READY", "waiting", "pending", "COMPLETED", "concluded",
+            "created",
+            "running",
+            "ready",
+            "READY",
+            "waiting",
+            "pending",
+            "COMPLETED",
+            "concluded",
             "null",
         ];
         assert_eq!(words, wanted, "seed {seed}");
@@ -174,10 +181,7 @@ fn sizes_that_differ_end_the_job_inside_unless_a_larger_target_is_allowed() {
         start_mirror(spec("j", &d, &t)).await.expect("it starts");
         gone(&core, "j").await;
         let error = "COMPLETED Source and target image have different sizes";
-        assert_eq!(
-            events.words(),
-            ["created", "running", "aborting", error, "concluded", "null"]
-        );
+        assert_eq!(events.words(), ["created", "running", "aborting", error, "concluded", "null"]);
         let mut larger = spec("j", &d, &t);
         larger.allow_larger_target = true;
         start_mirror(larger).await.expect("it starts");
@@ -200,8 +204,10 @@ fn a_second_mirror_and_the_target_of_another_job_are_busy() {
         let (d, t) = (node(&core, "d", "/d").await, node(&core, "t", "/t").await);
         let u = node(&core, "u", "/u").await;
         start_mirror(spec("j", &d, &t)).await.expect("it starts");
-        let text = |spec| async move { start_mirror(spec).await.map(|_| ()).unwrap_err().to_string() };
-        let busy = |node| format!("Node '{node}' is busy: block device is in use by block job: mirror");
+        let text =
+            |spec| async move { start_mirror(spec).await.map(|_| ()).unwrap_err().to_string() };
+        let busy =
+            |node| format!("Node '{node}' is busy: block device is in use by block job: mirror");
         assert_eq!(text(spec("k", &d, &u)).await, busy("d"));
         assert_eq!(text(spec("k", &u, &t)).await, busy("t"));
         assert_eq!(text(spec("k", &u, &u)).await, "Can't mirror node into itself");

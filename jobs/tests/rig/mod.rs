@@ -87,7 +87,8 @@ impl Log {
         let tasks = (0..count)
             .map(|guest| {
                 let part = disk.size() / SECTOR / count;
-                let work = Rc::clone(self).guest(core.clone(), index, disk.clone(), guest * part, part);
+                let work =
+                    Rc::clone(self).guest(core.clone(), index, disk.clone(), guest * part, part);
                 core.spawn(Class::Guest, work)
             })
             .collect();
@@ -109,12 +110,21 @@ impl Log {
         self.write(core, index, disk, at, sectors, zero).await;
     }
 
-    pub async fn write(&self, core: &Core, index: usize, disk: &Disk, at: u64, sectors: u64, zero: bool) {
+    pub async fn write(
+        &self,
+        core: &Core,
+        index: usize,
+        disk: &Disk,
+        at: u64,
+        sectors: u64,
+        zero: bool,
+    ) {
         let sequence = self.next.get() + 1;
         self.next.set(sequence);
         let issued = core.now();
         let entry = self.writes.borrow().len();
-        let write = Write { disk: index, sequence, first: at, sectors, zero, issued, answered: u64::MAX };
+        let write =
+            Write { disk: index, sequence, first: at, sectors, zero, issued, answered: u64::MAX };
         self.writes.borrow_mut().push(write);
         let receipt = if zero {
             let flags = ZeroFlags { may_unmap: core.random() % 2 == 0, ..ZeroFlags::default() };
@@ -170,7 +180,10 @@ impl Log {
                     Some(last) => here[last].issued <= to && found == Self::content(here[last]),
                 });
                 let Some(count) = fits else {
-                    panic!("disk {disk} sector {sector}: {:?} fits none of {here:?}, allowed {allowed:?}, {from}..{to}", &found[..8]);
+                    panic!(
+                        "disk {disk} sector {sector}: {:?} fits none of {here:?}, allowed {allowed:?}, {from}..{to}",
+                        &found[..8]
+                    );
                 };
                 let sure = kindest == Some(count);
                 if let Some(last) = count.checked_sub(1).filter(|_| sure) {
@@ -181,7 +194,10 @@ impl Log {
                 }
             }
         }
-        assert!(newest_in <= oldest_out, "a write of {newest_in} is in, one answered {oldest_out} not");
+        assert!(
+            newest_in <= oldest_out,
+            "a write of {newest_in} is in, one answered {oldest_out} not"
+        );
     }
 }
 
@@ -210,7 +226,8 @@ impl Events {
     pub fn of(core: &Core) -> Rc<Self> {
         let events = Rc::new(Self::default());
         let seen = Rc::clone(&events);
-        JobManager::of(core).subscribe(Rc::new(move |event| seen.0.borrow_mut().push(event.clone())));
+        JobManager::of(core)
+            .subscribe(Rc::new(move |event| seen.0.borrow_mut().push(event.clone())));
         events
     }
 

@@ -1,0 +1,358 @@
+//! Snapshots: a new layer above a node; guests go on at the layer, the node stays as it was.
+//!
+//! A snapshot is a step of a transaction (a single one is a transaction of one). Order:
+//! 1. prepare: checks; a new file is created under a temporary name and opened without a backing
+//!    node; nobody uses it yet; 2. publish: the file gets its name, which must still be free, and
+//!    the name is durable; 3. swap, inside the cut: guests move to the overlay, the node goes below
+//!    it (memory only, cannot fail); 4. finish: the node becomes read-only and clean on disk.
+//!
+//! Abort at any time before 3 closes the overlay and removes what was created. A file that existed
+//! before is never truncated or removed; an empty one may be used, and is empty again afterwards.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use liveblk_engine::executor::Core;
+use liveblk_engine::format::{BackingRef, CreateImage};
+use liveblk_engine::graph::{BackingSource, FileSource, FileSpec, Graph, OpenNode};
+use liveblk_engine::node::{Node, NodeId, Permissions, User};
+use liveblk_engine::storage::{self, File, FileOptions, LockRequest, Storage};
+use liveblk_engine::{Error, ErrorKind};
+
+use crate::error::{JobError, Result, SnapshotError};
+use crate::limits::FINISH_TRIES;
+use crate::manager::JobManager;
+
+/// Where the image of a new layer comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NewImageMode {
+    /// It is created, with the node's file name as its backing file.
+    #[default]
+    AbsolutePaths,
+    /// It exists.
+    Existing,
+}
+
+/// A snapshot into a file (`blockdev-snapshot-sync`).
+#[derive(Clone, Debug)]
+pub struct SnapshotFile {
+    /// The node, by name.
+    pub node: String,
+    /// The new layer's file.
+    pub file: PathBuf,
+    /// The new layer's node name.
+    pub overlay: Option<String>,
+    /// The new layer's format.
+    pub format: String,
+    /// Whether the file is created.
+    pub mode: NewImageMode,
+}
+
+/// A snapshot that can be taken.
+pub(crate) struct PreparedSnapshot {
+    base: Rc<Node>,
+    overlay: Rc<Node>,
+    origin: Origin,
+}
+
+/// Where the overlay comes from, and what an abort must undo.
+enum Origin {
+    /// The client had opened it.
+    Client,
+    /// Opened here from a file that existed with content.
+    Opened,
+    /// Created here.
+    Created(NewFile),
+}
+
+/// A file that was created here.
+struct NewFile {
+    path: PathBuf,
+    state: FileState,
+}
+
+enum FileState {
+    /// Has a temporary name.
+    Temporary(PathBuf),
+    /// An empty file of the client was filled.
+    Filled,
+    /// Has its name; (device, inode) proves that it is ours.
+    Published((u64, u64)),
+}
+
+/// The node that a snapshot command names.
+///
+/// # Errors
+/// The peer's text; `device` is what the command gave as device.
+pub(crate) fn find(core: &Core, device: &str, node: &str) -> Result<Rc<Node>> {
+    Graph::of(core)
+        .find(node)
+        .map_err(|_| JobError::NodeNotFound { device: device.into(), node: node.into() })
+}
+
+/// Prepares a snapshot of `node` into the node `overlay` (`blockdev-snapshot`).
+pub(crate) fn prepare_nodes(core: &Core, node: &str, overlay: &str) -> Result<PreparedSnapshot> {
+    let base = find(core, node, node)?;
+    check_base(core, &base)?;
+    let overlay = find(core, overlay, overlay)?;
+    check_overlay(core, &overlay)?;
+    if overlay.id() == base.id() {
+        return Err(SnapshotError::OverlayInUse.into());
+    }
+    Ok(PreparedSnapshot { base, overlay, origin: Origin::Client })
+}
+
+/// Prepares a snapshot into a file (`blockdev-snapshot-sync`).
+pub(crate) async fn prepare_file(core: &Core, spec: SnapshotFile) -> Result<PreparedSnapshot> {
+    let base = find(core, "", &spec.node)?;
+    check_base(core, &base)?;
+    let name = spec.overlay.clone().ok_or(SnapshotError::NameMissing)?;
+    let graph = Graph::of(core);
+    if graph.find(&name).is_ok() {
+        return Err(SnapshotError::NameInUse { name: name.into() }.into());
+    }
+    if spec.mode == NewImageMode::Existing {
+        let overlay = open(core, &spec, &spec.file, &base).await?;
+        let snapshot = PreparedSnapshot { base, overlay, origin: Origin::Opened };
+        return match check_overlay(core, &snapshot.overlay) {
+            Ok(()) => Ok(snapshot),
+            Err(error) => {
+                snapshot.abort(core).await;
+                Err(error)
+            }
+        };
+    }
+    let file = NewFile::create(core, &spec, &base).await?;
+    match open(core, &spec, file.current(), &base).await {
+        Ok(overlay) => Ok(PreparedSnapshot { base, overlay, origin: Origin::Created(file) }),
+        Err(error) => {
+            file.undo(core).await;
+            Err(error)
+        }
+    }
+}
+
+/// Refuses a node that somebody would go on writing below the overlay.
+fn check_base(core: &Core, base: &Rc<Node>) -> Result<()> {
+    if let Some(kind) = JobManager::of(core).exclusive_user(base.id()) {
+        return Err(JobError::BusyWithJob { node: (*base.name()).into(), kind: kind.name() });
+    }
+    for (user, permissions) in base.uses() {
+        let stays = !matches!(user, User::Guest { .. });
+        if stays && permissions.perm & Permissions::WRITE != 0 {
+            return Err(JobError::InUse {
+                node: (*base.name()).into(),
+                by: user.to_string().into(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_overlay(core: &Core, overlay: &Rc<Node>) -> Result<()> {
+    let reads = |permissions: &Permissions| permissions.perm & Permissions::CONSISTENT_READ != 0;
+    if overlay.uses().iter().any(|(_, permissions)| reads(permissions)) {
+        return Err(SnapshotError::OverlayInUse.into());
+    }
+    if overlay.has_backing() {
+        return Err(SnapshotError::HasBacking.into());
+    }
+    let driver = Graph::of(core).config().formats.find(overlay.driver());
+    if !driver.is_some_and(|driver| driver.supports_backing()) {
+        return Err(SnapshotError::NoBackingSupport.into());
+    }
+    Ok(())
+}
+
+async fn open(core: &Core, spec: &SnapshotFile, path: &Path, base: &Rc<Node>) -> Result<Rc<Node>> {
+    let mut node = OpenNode::new(&spec.format, path);
+    node.file = FileSource::Open(FileSpec {
+        path: path.to_path_buf(),
+        shown_as: Some(spec.file.clone()),
+        ..FileSpec::default()
+    });
+    node.name.clone_from(&spec.overlay);
+    node.backing = BackingSource::None;
+    node.options = base.options().clone();
+    node.monitor_owned = true;
+    Ok(Graph::of(core).open(node).await?)
+}
+
+impl PreparedSnapshot {
+    /// The nodes that the cut must hold still.
+    pub(crate) fn nodes(&self) -> Vec<NodeId> {
+        vec![self.base.id(), self.overlay.id()]
+    }
+
+    /// Gives a created file its name.
+    pub(crate) async fn publish(&mut self, core: &Core) -> Result<()> {
+        // What was true when it was prepared may have changed since.
+        check_base(core, &self.base)?;
+        match &mut self.origin {
+            Origin::Created(file) => file.publish(core).await,
+            Origin::Client | Origin::Opened => Ok(()),
+        }
+    }
+
+    /// Moves the guests. Only inside the cut of [`PreparedSnapshot::nodes`].
+    pub(crate) fn swap(&self, graph: &Rc<Graph>) {
+        graph.repoint(self.base.id(), self.overlay.id());
+        if let Err(error) = graph.set_backing(&self.overlay, Some(&self.base)) {
+            // Writers of the base moved away just now and jobs on it were refused before.
+            unreachable!("invariant: nobody writes the base of a snapshot: {error}");
+        }
+    }
+
+    /// Makes the old node read-only and clean on disk; tries again, and leaves it at that: the
+    /// overlay is in use and nothing writes to the node any more.
+    pub(crate) async fn finish(&self) {
+        for attempt in 1..=FINISH_TRIES {
+            match self.base.set_writable(false).await {
+                Ok(()) => return,
+                Err(error) => {
+                    let node = self.base.name();
+                    tracing::warn!(%node, attempt, %error, "the old layer is still writable");
+                }
+            }
+        }
+    }
+
+    /// Undoes what was prepared and published.
+    pub(crate) async fn abort(self, core: &Core) {
+        if matches!(self.origin, Origin::Client) {
+            return;
+        }
+        if let Err(error) = Graph::of(core).remove(&self.overlay).await {
+            tracing::warn!(%error, "closing the overlay of a failed snapshot");
+        }
+        if let Origin::Created(file) = self.origin {
+            file.undo(core).await;
+        }
+    }
+}
+
+impl NewFile {
+    /// Creates the image under a temporary name beside its final one.
+    async fn create(core: &Core, spec: &SnapshotFile, base: &Rc<Node>) -> Result<Self> {
+        let driver = Graph::of(core).config().formats.find(&spec.format).ok_or_else(|| {
+            JobError::from(SnapshotError::UnknownFormat { format: spec.format.as_str().into() })
+        })?;
+        let path = spec.file.clone();
+        let state = match storage::stat(core, &path).await {
+            Ok(facts) if facts.size > 0 || facts.block_device => {
+                let path = path.display().to_string().into();
+                return Err(SnapshotError::FileExists { path }.into());
+            }
+            Ok(_) => FileState::Filled,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                FileState::Temporary(temporary_name(core, &path))
+            }
+            Err(error) => return Err(cannot_create(&path, error)),
+        };
+        let file = Self { path, state };
+        let create = CreateImage {
+            size: base.size(),
+            backing: Some(BackingRef {
+                file: base.filename(),
+                format: Some(base.driver().to_owned()),
+            }),
+            cluster_size: None,
+        };
+        match file.fill(core, &*driver, create).await {
+            Ok(()) => Ok(file),
+            Err((created, error)) => {
+                let error = cannot_create(&file.path, error);
+                if created {
+                    file.undo(core).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes the image; on failure also whether the file is ours to clean up.
+    async fn fill(
+        &self,
+        core: &Core,
+        driver: &dyn liveblk_engine::format::Driver,
+        create: CreateImage,
+    ) -> Result<(), (bool, Error)> {
+        let options = FileOptions {
+            path: self.current().to_path_buf(),
+            writable: true,
+            create_new: matches!(self.state, FileState::Temporary(_)),
+            locking: true,
+            ..FileOptions::default()
+        };
+        // A create that failed after the file was made leaves it to be removed: the temporary name
+        // is nobody else's.
+        let temporary = options.create_new;
+        let file = File::open(core, options).await.map_err(|error| (temporary, error))?;
+        file.lock(LockRequest::Write).await.map_err(|error| (temporary, error))?;
+        let created = driver.create(core.clone(), Storage::File(file), create).await;
+        created.map_err(|error| (true, error))
+    }
+
+    /// The name that the file has now.
+    fn current(&self) -> &Path {
+        match &self.state {
+            FileState::Temporary(path) => path,
+            FileState::Filled | FileState::Published(_) => &self.path,
+        }
+    }
+
+    async fn publish(&mut self, core: &Core) -> Result<()> {
+        let FileState::Temporary(temporary) = &self.state else { return Ok(()) };
+        let failed = |error| cannot_create(&self.path, error);
+        let identity = storage::stat(core, temporary).await.map_err(failed)?.identity;
+        match storage::rename(core, temporary, &self.path).await {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                let path = self.path.display().to_string().into();
+                return Err(SnapshotError::FileExists { path }.into());
+            }
+            Err(error) => return Err(failed(error)),
+        }
+        self.state = FileState::Published(identity);
+        let durable = storage::sync_folder_of(core, &self.path).await;
+        durable.map_err(|error| cannot_create(&self.path, error))
+    }
+
+    /// Removes what was created; a file that the client had made is empty again.
+    async fn undo(self, core: &Core) {
+        let undone = match &self.state {
+            FileState::Temporary(path) => storage::unlink(core, path).await,
+            FileState::Filled => empty_again(core, &self.path).await,
+            FileState::Published(identity) => match storage::stat(core, &self.path).await {
+                Ok(facts) if facts.identity == *identity => storage::unlink(core, &self.path).await,
+                // Somebody else's by now.
+                _ => Ok(()),
+            },
+        };
+        match undone {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!(%error, "cleaning up after a failed snapshot");
+            }
+            _ => {}
+        }
+    }
+}
+
+async fn empty_again(core: &Core, path: &Path) -> liveblk_engine::Result<()> {
+    let options = FileOptions {
+        path: path.to_path_buf(),
+        writable: true,
+        locking: false,
+        ..FileOptions::default()
+    };
+    File::open(core, options).await?.truncate(0).await
+}
+
+fn temporary_name(core: &Core, path: &Path) -> PathBuf {
+    path.with_file_name(format!(".liveblk-{:016x}.tmp", core.random()))
+}
+
+fn cannot_create(path: &Path, error: Error) -> JobError {
+    let path = path.display().to_string().into();
+    SnapshotError::File { path, source: error }.into()
+}

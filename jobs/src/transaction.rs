@@ -1,0 +1,322 @@
+//! Transactions: several snapshots and backups at one instant, all or nothing.
+//!
+//! Order: (1) checks; (2) prepare every action in list order, each on the core of its node (files
+//! are created, nothing that runs is touched); (3) publish the new files; (4) one cut over all
+//! nodes of all actions on all cores, in which every action swaps (memory only); (5) commit: jobs
+//! start; (6) finish: old layers become read-only. The first failure before the swaps of (4) undoes
+//! everything in reverse order and is the answer.
+//!
+//! A transaction runs as a task of its own: dropping the caller's future does not stop it half-way.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use liveblk_engine::executor::{Class, Core, CoreId};
+use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
+use liveblk_engine::node::NodeId;
+
+use crate::backup::prepare_backup;
+use crate::error::{JobError, Result};
+use crate::limits::{ACTIONS, CUT_WAIT_NS};
+use crate::snapshot::{self, PreparedSnapshot, SnapshotFile};
+use crate::spec::{BackupSpec, JobOptions, SyncMode};
+use crate::start::Prepared;
+use crate::txn::JobTxn;
+
+/// How the jobs of a transaction end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CompletionMode {
+    /// Each by itself.
+    #[default]
+    Individual,
+    /// All well, or all cancelled.
+    Grouped,
+}
+
+/// One action of a transaction. Nodes are named, so an action can travel to their core.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// Fails on purpose.
+    Abort,
+    /// `blockdev-snapshot`.
+    Snapshot {
+        /// The node.
+        node: String,
+        /// The overlay, opened without a backing node.
+        overlay: String,
+    },
+    /// `blockdev-snapshot-sync`.
+    SnapshotFile(SnapshotFile),
+    /// `blockdev-backup`.
+    Backup(BackupAction),
+}
+
+/// A backup in a transaction.
+#[derive(Clone, Debug)]
+pub struct BackupAction {
+    /// Common options.
+    pub job: JobOptions,
+    /// What is copied, by node name.
+    pub source: String,
+    /// Where to, by node name.
+    pub target: String,
+    /// What of the source.
+    pub sync: SyncMode,
+    /// Accept a larger target.
+    pub allow_larger_target: bool,
+}
+
+impl Action {
+    /// The name in QMP.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Abort => "abort",
+            Self::Snapshot { .. } => "blockdev-snapshot",
+            Self::SnapshotFile(_) => "blockdev-snapshot-sync",
+            Self::Backup(_) => "blockdev-backup",
+        }
+    }
+}
+
+/// Takes the snapshots and starts the backups of `actions`, each on the core beside it (the home
+/// of its node), at one instant.
+///
+/// # Errors
+/// The first failure; then nothing was changed and no file is left.
+pub async fn transaction(
+    core: &Core,
+    actions: Vec<(CoreId, Action)>,
+    completion: CompletionMode,
+) -> Result<()> {
+    let coordinator = core.clone();
+    core.spawn(Class::Guest, async move { run(&coordinator, actions, completion).await }).await
+}
+
+/// Takes one snapshot into a file.
+///
+/// # Errors
+/// As [`transaction`].
+pub async fn snapshot_file(core: &Core, home: CoreId, spec: SnapshotFile) -> Result<()> {
+    transaction(core, vec![(home, Action::SnapshotFile(spec))], CompletionMode::Individual).await
+}
+
+/// What a core has prepared for transactions, by the number of the transaction.
+#[derive(Default)]
+struct Staged {
+    next: Cell<u64>,
+    sets: RefCell<BTreeMap<u64, Set>>,
+}
+
+#[derive(Default)]
+struct Set {
+    steps: Vec<Step>,
+    group: Option<Rc<JobTxn>>,
+}
+
+enum Step {
+    Snapshot(PreparedSnapshot),
+    Backup(Prepared),
+}
+
+impl Staged {
+    fn of(core: &Core) -> Rc<Self> {
+        core.extension(Self::default)
+    }
+
+    fn new_number(&self, core: &Core) -> u64 {
+        self.next.set(self.next.get() + 1);
+        u64::from(core.id().0) << 48 | self.next.get()
+    }
+
+    fn take(&self, number: u64) -> Vec<Step> {
+        self.sets.borrow_mut().remove(&number).map(|set| set.steps).unwrap_or_default()
+    }
+}
+
+impl Step {
+    fn nodes(&self) -> Vec<NodeId> {
+        match self {
+            Self::Snapshot(snapshot) => snapshot.nodes(),
+            Self::Backup(backup) => vec![backup.copy.source().id()],
+        }
+    }
+
+    fn swap(&self, graph: &Rc<Graph>) {
+        match self {
+            Self::Snapshot(snapshot) => snapshot.swap(graph),
+            Self::Backup(backup) => backup.slot.install(),
+        }
+    }
+}
+
+async fn run(
+    core: &Core,
+    actions: Vec<(CoreId, Action)>,
+    completion: CompletionMode,
+) -> Result<()> {
+    check(&actions, completion)?;
+    let number = Staged::of(core).new_number(core);
+    let grouped = completion == CompletionMode::Grouped;
+    let mut parts: BTreeMap<CoreId, Vec<NodeId>> = BTreeMap::new();
+    let prepared = prepare_all(core, number, grouped, actions, &mut parts).await;
+    let cores: Vec<CoreId> = parts.keys().copied().collect();
+    let result = match prepared {
+        Ok(()) => publish_and_cut(core, number, parts).await,
+        Err(error) => Err(error),
+    };
+    for home in cores.into_iter().rev() {
+        let done = result.is_ok();
+        let end = core.call(home, move |core| async move {
+            let steps = Staged::of(&core).take(number);
+            if done {
+                commit(steps).await;
+            } else {
+                abort(&core, steps).await;
+            }
+        });
+        // A core that is gone has no graph to put in order.
+        let _: Option<()> = end.await;
+    }
+    result
+}
+
+fn check(actions: &[(CoreId, Action)], completion: CompletionMode) -> Result<()> {
+    if actions.len() > ACTIONS {
+        return Err(JobError::TooMany { what: "actions in a transaction", limit: ACTIONS });
+    }
+    if completion == CompletionMode::Grouped {
+        for (_, action) in actions {
+            if !matches!(action, Action::Backup(_)) {
+                return Err(JobError::NotGrouped { action: action.name() });
+            }
+        }
+        if actions.windows(2).any(|pair| matches!(pair, [one, two] if one.0 != two.0)) {
+            return Err(JobError::NotYet { what: "Grouped completion over several cores" });
+        }
+    }
+    Ok(())
+}
+
+/// Prepares the actions in order; `parts` names the cores touched and the nodes of the cut, also
+/// after a failure.
+async fn prepare_all(
+    core: &Core,
+    number: u64,
+    grouped: bool,
+    actions: Vec<(CoreId, Action)>,
+    parts: &mut BTreeMap<CoreId, Vec<NodeId>>,
+) -> Result<()> {
+    for (home, action) in actions {
+        let nodes = parts.entry(home).or_default();
+        let prepared = core
+            .call(home, move |core| async move { prepare(&core, number, grouped, action).await });
+        let found = prepared.await.ok_or_else(core_gone)??;
+        for id in found {
+            if !nodes.contains(&id) {
+                nodes.push(id);
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Result<Vec<NodeId>> {
+    let staged = Staged::of(core);
+    let step = match action {
+        Action::Abort => return Err(JobError::AbortAction),
+        Action::Snapshot { node, overlay } => {
+            Step::Snapshot(snapshot::prepare_nodes(core, &node, &overlay)?)
+        }
+        Action::SnapshotFile(spec) => Step::Snapshot(snapshot::prepare_file(core, spec).await?),
+        Action::Backup(backup) => {
+            let txn = if grouped { staged.group(number) } else { JobTxn::new() };
+            let spec = BackupSpec {
+                source: snapshot::find(core, &backup.source, &backup.source)?,
+                target: snapshot::find(core, &backup.target, &backup.target)?,
+                job: backup.job,
+                sync: backup.sync,
+                allow_larger_target: backup.allow_larger_target,
+            };
+            Step::Backup(prepare_backup(spec, &txn)?)
+        }
+    };
+    let nodes = step.nodes();
+    staged.sets.borrow_mut().entry(number).or_default().steps.push(step);
+    Ok(nodes)
+}
+
+impl Staged {
+    /// The job transaction of a grouped transaction.
+    fn group(&self, number: u64) -> Rc<JobTxn> {
+        let mut sets = self.sets.borrow_mut();
+        Rc::clone(sets.entry(number).or_default().group.get_or_insert_with(JobTxn::new))
+    }
+}
+
+async fn publish_and_cut(
+    core: &Core,
+    number: u64,
+    parts: BTreeMap<CoreId, Vec<NodeId>>,
+) -> Result<()> {
+    for home in parts.keys() {
+        let published = core.call(*home, move |core| async move {
+            let mut steps = Staged::of(&core).take(number);
+            let result = publish(&core, &mut steps).await;
+            let set = Set { steps, group: None };
+            Staged::of(&core).sets.borrow_mut().insert(number, set);
+            result
+        });
+        published.await.ok_or_else(core_gone)??;
+    }
+    let part = |(home, nodes)| {
+        let swap = move |graph: &Rc<Graph>| {
+            let staged = Staged::of(graph.core());
+            let sets = staged.sets.borrow();
+            for step in sets.get(&number).into_iter().flat_map(|set| &set.steps) {
+                step.swap(graph);
+            }
+        };
+        CutPart { core: home, nodes, before_swap: None, swap: Swap::Remote(Box::new(swap)) }
+    };
+    cut(core, parts.into_iter().map(part).collect(), CUT_WAIT_NS).await?;
+    Ok(())
+}
+
+async fn publish(core: &Core, steps: &mut [Step]) -> Result<()> {
+    for step in steps {
+        if let Step::Snapshot(snapshot) = step {
+            snapshot.publish(core).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn commit(steps: Vec<Step>) {
+    let mut snapshots = Vec::new();
+    for step in steps {
+        match step {
+            Step::Backup(backup) => drop(backup.commit()),
+            Step::Snapshot(snapshot) => snapshots.push(snapshot),
+        }
+    }
+    for snapshot in snapshots {
+        snapshot.finish().await;
+    }
+}
+
+async fn abort(core: &Core, steps: Vec<Step>) {
+    for step in steps.into_iter().rev() {
+        match step {
+            Step::Backup(backup) => backup.abort(),
+            Step::Snapshot(snapshot) => snapshot.abort(core).await,
+        }
+    }
+}
+
+fn core_gone() -> JobError {
+    JobError::Engine(liveblk_engine::Error::new(
+        liveblk_engine::ErrorKind::Cancelled,
+        "reach another core",
+    ))
+}
