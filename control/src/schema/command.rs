@@ -1,0 +1,117 @@
+//! The typed form of commands.
+//!
+//! Owns: one variant per thing the engine can be asked. Promises: a value of this type has passed
+//! the argument check. Does not: hold commands that the front-end answers itself.
+
+use super::{
+    BlockExportAdd, BlockExportDel, BlockJobChange, BlockdevBackup, BlockdevMirror,
+    BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync, NbdServerOptions, ObjectAdd,
+    Transaction,
+};
+
+/// What can be asked of a job without further arguments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobVerb {
+    /// Stop issuing I/O.
+    Pause,
+    /// Undo one pause of the user.
+    Resume,
+    /// Finish a ready job.
+    Complete,
+    /// Let a pending job commit.
+    Finalize,
+    /// Forget a concluded job.
+    Dismiss,
+}
+
+/// A command with its arguments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// `quit`.
+    Quit,
+    /// `blockdev-add`.
+    BlockdevAdd(Box<BlockdevOptions>),
+    /// `blockdev-del`.
+    BlockdevDel {
+        /// The node.
+        node_name: String,
+    },
+    /// `query-named-block-nodes`.
+    QueryNamedBlockNodes {
+        /// Without the nested images below each node.
+        flat: bool,
+    },
+    /// `query-block`.
+    QueryBlock,
+    /// `query-blockstats`.
+    QueryBlockstats {
+        /// One entry per node instead of per device.
+        query_nodes: bool,
+    },
+    /// `query-jobs`.
+    QueryJobs,
+    /// `query-block-jobs`.
+    QueryBlockJobs,
+    /// `job-pause` and its like; an unknown id is a `GenericError`.
+    Job {
+        /// What to do.
+        verb: JobVerb,
+        /// The job.
+        id: String,
+    },
+    /// `job-cancel`: always by force.
+    JobCancel {
+        /// The job.
+        id: String,
+    },
+    /// `block-job-pause` and its like; an unknown id is `DeviceNotActive`.
+    BlockJob {
+        /// What to do.
+        verb: JobVerb,
+        /// The job.
+        id: String,
+    },
+    /// `block-job-cancel`.
+    BlockJobCancel {
+        /// The job.
+        id: String,
+        /// Abort also a ready job.
+        force: bool,
+    },
+    /// `block-job-set-speed`.
+    BlockJobSetSpeed {
+        /// The job.
+        id: String,
+        /// Bytes per second as given; negative ones are for the executor to refuse.
+        speed: i64,
+    },
+    /// `block-job-change`.
+    BlockJobChange(BlockJobChange),
+    /// `blockdev-mirror`.
+    BlockdevMirror(Box<BlockdevMirror>),
+    /// `blockdev-backup`.
+    BlockdevBackup(Box<BlockdevBackup>),
+    /// `blockdev-snapshot`.
+    BlockdevSnapshot(BlockdevSnapshot),
+    /// `blockdev-snapshot-sync`.
+    BlockdevSnapshotSync(BlockdevSnapshotSync),
+    /// `transaction`.
+    Transaction(Transaction),
+    /// `nbd-server-start`.
+    NbdServerStart(NbdServerOptions),
+    /// `nbd-server-stop`.
+    NbdServerStop,
+    /// `block-export-add`.
+    BlockExportAdd(BlockExportAdd),
+    /// `block-export-del`.
+    BlockExportDel(BlockExportDel),
+    /// `query-block-exports`.
+    QueryBlockExports,
+    /// `object-add`.
+    ObjectAdd(ObjectAdd),
+    /// `object-del`.
+    ObjectDel {
+        /// The object.
+        id: String,
+    },
+}

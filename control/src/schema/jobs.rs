@@ -1,0 +1,279 @@
+//! Arguments of the commands that start and steer jobs.
+//!
+//! Owns: the data and typed form of mirror, backup and the job verbs.
+
+use serde::Deserialize;
+
+use super::types::{
+    EnumType, INT, Int, ObjectType, Type, Variants, may, may_unstable, need, object, words,
+};
+
+pub(super) static JOB_TYPE: EnumType = words(
+    "JobType",
+    &[
+        "commit",
+        "stream",
+        "mirror",
+        "backup",
+        "create",
+        "amend",
+        "snapshot-load",
+        "snapshot-save",
+        "snapshot-delete",
+    ],
+);
+static MIRROR_SYNC: EnumType =
+    words("MirrorSyncMode", &["top", "full", "none", "incremental", "bitmap"]);
+static ON_ERROR: EnumType =
+    words("BlockdevOnError", &["report", "ignore", "enospc", "stop", "auto"]);
+static COPY_MODE: EnumType = words("MirrorCopyMode", &["background", "write-blocking"]);
+static BITMAP_SYNC: EnumType = words("BitmapSyncMode", &["on-success", "never", "always"]);
+
+pub(super) static BY_ID: ObjectType = object("JobId", &[need("id", Type::Str)]);
+pub(super) static BY_DEVICE: ObjectType = object("JobDevice", &[need("device", Type::Str)]);
+pub(super) static CANCEL: ObjectType =
+    object("BlockJobCancel", &[need("device", Type::Str), may("force", Type::Bool)]);
+pub(super) static SET_SPEED: ObjectType =
+    object("BlockJobSetSpeed", &[need("device", Type::Str), need("speed", INT)]);
+
+static CHANGE_MIRROR: ObjectType =
+    object("BlockJobChangeOptionsMirror", &[need("copy-mode", Type::Enum(&COPY_MODE))]);
+pub(super) static CHANGE: ObjectType = ObjectType {
+    name: "BlockJobChangeOptions",
+    members: &[need("id", Type::Str), need("type", Type::Enum(&JOB_TYPE))],
+    variants: Some(Variants { tag: "type", cases: &[("mirror", &CHANGE_MIRROR)] }),
+    features: &[],
+};
+
+pub(super) static MIRROR: ObjectType = object(
+    "BlockdevMirror",
+    &[
+        may("job-id", Type::Str),
+        need("device", Type::Str),
+        need("target", Type::Str),
+        may("replaces", Type::Str),
+        need("sync", Type::Enum(&MIRROR_SYNC)),
+        may("speed", INT),
+        may("granularity", Type::Int(Int::U32)),
+        may("buf-size", INT),
+        may("on-source-error", Type::Enum(&ON_ERROR)),
+        may("on-target-error", Type::Enum(&ON_ERROR)),
+        may("filter-node-name", Type::Str),
+        may("copy-mode", Type::Enum(&COPY_MODE)),
+        may("auto-finalize", Type::Bool),
+        may("auto-dismiss", Type::Bool),
+        may("allow-larger-target", Type::Bool),
+    ],
+);
+
+static BACKUP_PERF: ObjectType = object(
+    "BackupPerf",
+    &[
+        may("use-copy-range", Type::Bool),
+        may("max-workers", INT),
+        may("max-chunk", INT),
+        may("min-cluster-size", Type::Int(Int::Size)),
+    ],
+);
+
+pub(super) static BACKUP: ObjectType = object(
+    "BlockdevBackup",
+    &[
+        may("job-id", Type::Str),
+        need("device", Type::Str),
+        need("sync", Type::Enum(&MIRROR_SYNC)),
+        may("speed", INT),
+        may("bitmap", Type::Str),
+        may("bitmap-mode", Type::Enum(&BITMAP_SYNC)),
+        may("compress", Type::Bool),
+        may("on-source-error", Type::Enum(&ON_ERROR)),
+        may("on-target-error", Type::Enum(&ON_ERROR)),
+        may("auto-finalize", Type::Bool),
+        may("auto-dismiss", Type::Bool),
+        may("filter-node-name", Type::Str),
+        may("discard-source", Type::Bool),
+        may_unstable("x-perf", Type::Object(&BACKUP_PERF)),
+        need("target", Type::Str),
+        may("allow-larger-target", Type::Bool),
+    ],
+);
+
+/// What a mirror or backup copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SyncMode {
+    /// What is allocated in the top layer.
+    Top,
+    /// Everything.
+    Full,
+    /// Only what is written from now on.
+    None,
+    /// What a bitmap says; the bitmap is cleared on success.
+    Incremental,
+    /// What a bitmap says.
+    Bitmap,
+}
+
+/// The same words, as mirror uses them.
+pub type MirrorSync = SyncMode;
+
+/// What a job does when an operation fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// The job ends with the error.
+    #[default]
+    Report,
+    /// The operation is tried again later.
+    Ignore,
+    /// Pause on a full disk, else report.
+    Enospc,
+    /// The job pauses.
+    Stop,
+    /// The program's choice, which is `Enospc`.
+    Auto,
+}
+
+/// How guest writes reach a mirror's target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MirrorCopyMode {
+    /// Later, by the job.
+    #[default]
+    Background,
+    /// Before the guest is answered.
+    WriteBlocking,
+}
+
+/// What happens to the bitmap of a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BitmapSync {
+    /// Cleared if the job succeeds.
+    OnSuccess,
+    /// Left alone.
+    Never,
+    /// What was copied is cleared, whatever the end.
+    Always,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Arguments of `blockdev-mirror`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevMirror {
+    /// Name of the job; absent means the source's device name, which nodes here do not have.
+    pub job_id: Option<String>,
+    /// Source node.
+    pub device: String,
+    /// Target node.
+    pub target: String,
+    /// Node that the target takes the place of; absent means the source.
+    pub replaces: Option<String>,
+    /// What to copy.
+    pub sync: SyncMode,
+    /// Bytes per second, 0 is unlimited.
+    #[serde(default)]
+    pub speed: i64,
+    /// Bytes per dirty bit; absent or 0 means chosen from the target.
+    pub granularity: Option<u32>,
+    /// Bytes of copy buffers; absent or 0 means the default.
+    pub buf_size: Option<i64>,
+    /// Policy for reads of the source.
+    #[serde(default)]
+    pub on_source_error: OnError,
+    /// Policy for writes of the target.
+    #[serde(default)]
+    pub on_target_error: OnError,
+    /// Name under which queries show the job's filter node.
+    pub filter_node_name: Option<String>,
+    /// See [`MirrorCopyMode`].
+    #[serde(default)]
+    pub copy_mode: MirrorCopyMode,
+    /// Whether the job finishes by itself.
+    #[serde(default = "yes")]
+    pub auto_finalize: bool,
+    /// Whether the job vanishes by itself.
+    #[serde(default = "yes")]
+    pub auto_dismiss: bool,
+    /// Ours: the target may be larger than the source; its tail reads zero.
+    #[serde(default)]
+    pub allow_larger_target: bool,
+}
+
+/// Tuning of a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct BackupPerf {
+    /// Let the host copy where it can.
+    pub use_copy_range: Option<bool>,
+    /// Copies in flight; at least 1.
+    pub max_workers: Option<i64>,
+    /// Bytes of one copy; 0 is chosen by the program.
+    pub max_chunk: Option<i64>,
+    /// Smallest unit of copy-before-write.
+    pub min_cluster_size: Option<u64>,
+}
+
+/// Arguments of `blockdev-backup`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevBackup {
+    /// Name of the job; absent means the source's device name, which nodes here do not have.
+    pub job_id: Option<String>,
+    /// Source node.
+    pub device: String,
+    /// Target node.
+    pub target: String,
+    /// What to copy.
+    pub sync: SyncMode,
+    /// Bytes per second, 0 is unlimited.
+    #[serde(default)]
+    pub speed: i64,
+    /// Bitmap that says what to copy.
+    pub bitmap: Option<String>,
+    /// What happens to the bitmap.
+    pub bitmap_mode: Option<BitmapSync>,
+    /// Write compressed clusters.
+    #[serde(default)]
+    pub compress: bool,
+    /// Policy for reads of the source.
+    #[serde(default)]
+    pub on_source_error: OnError,
+    /// Policy for writes of the target.
+    #[serde(default)]
+    pub on_target_error: OnError,
+    /// Whether the job finishes by itself.
+    #[serde(default = "yes")]
+    pub auto_finalize: bool,
+    /// Whether the job vanishes by itself.
+    #[serde(default = "yes")]
+    pub auto_dismiss: bool,
+    /// Name under which queries show the job's filter node.
+    pub filter_node_name: Option<String>,
+    /// Free the source's space as it is copied.
+    #[serde(default)]
+    pub discard_source: bool,
+    /// Tuning.
+    #[serde(default)]
+    pub x_perf: BackupPerf,
+    /// Ours: the target may be larger than the source; its tail reads zero.
+    #[serde(default)]
+    pub allow_larger_target: bool,
+}
+
+/// Arguments of `block-job-change`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockJobChange {
+    /// The job.
+    pub id: String,
+    /// The kind of job that the caller takes it for.
+    #[serde(rename = "type")]
+    pub job_type: String,
+    /// The new mode of a mirror.
+    pub copy_mode: Option<MirrorCopyMode>,
+}

@@ -1,0 +1,282 @@
+//! The tables of commands and events.
+//!
+//! Owns: which commands exist, their argument and answer types, and what each one runs. Promises: a
+//! command is in the table only if it works. Order of the table is the order of `query-commands`.
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::command::{Command, JobVerb};
+use super::types::{EMPTY, ObjectType, Type};
+use super::{answers, arguments, blockdev, exports, introspect, jobs, transaction};
+use crate::qmp::version_info;
+
+/// A command.
+#[derive(Debug)]
+pub struct CommandEntry {
+    /// Its name.
+    pub name: &'static str,
+    /// Type of `arguments`.
+    pub arguments: &'static ObjectType,
+    /// Type of `return`.
+    pub answer: Type,
+    /// Named promises that clients probe.
+    pub features: &'static [&'static str],
+    /// What it does.
+    pub run: Run,
+}
+
+/// What a command does with checked arguments.
+#[derive(Debug)]
+pub enum Run {
+    /// Ends the negotiation; the session does it.
+    Negotiate,
+    /// Is answered by the front-end.
+    Answer(fn() -> Value),
+    /// Is given to the engine.
+    Execute(fn(Value) -> Result<Command, serde_json::Error>),
+}
+
+/// An event.
+#[derive(Debug)]
+pub struct EventEntry {
+    /// Its name.
+    pub name: &'static str,
+    /// Type of its `data`.
+    pub data: &'static ObjectType,
+}
+
+/// The command of this name.
+pub fn command_entry(name: &str) -> Option<&'static CommandEntry> {
+    static BY_NAME: LazyLock<HashMap<&str, &CommandEntry>> =
+        LazyLock::new(|| COMMANDS.iter().map(|entry| (entry.name, entry)).collect());
+    BY_NAME.get(name).copied()
+}
+
+const NOTHING: Type = Type::Object(&EMPTY);
+
+const fn command(
+    name: &'static str,
+    arguments: &'static ObjectType,
+    answer: Type,
+    run: Run,
+) -> CommandEntry {
+    CommandEntry { name, arguments, answer, features: &[], run }
+}
+
+const fn event(name: &'static str, data: &'static ObjectType) -> EventEntry {
+    EventEntry { name, data }
+}
+
+static COMMAND_INFO_TYPE: Type = Type::Object(&answers::COMMAND_INFO);
+static SCHEMA_INFO_TYPE: Type = Type::Object(&answers::SCHEMA_INFO);
+static DEVICE_INFO_TYPE: Type = Type::Object(&answers::DEVICE_INFO);
+static BLOCK_INFO_TYPE: Type = Type::Object(&answers::BLOCK_INFO);
+static BLOCK_STATS_TYPE: Type = Type::Object(&answers::BLOCK_STATS);
+static JOB_INFO_TYPE: Type = Type::Object(&answers::JOB_INFO);
+static BLOCK_JOB_INFO_TYPE: Type = Type::Object(&answers::BLOCK_JOB_INFO);
+static EXPORT_INFO_TYPE: Type = Type::Object(&answers::EXPORT_INFO);
+
+/// All commands.
+pub static COMMANDS: &[CommandEntry] = &[
+    command("qmp_capabilities", &arguments::QMP_CAPABILITIES, NOTHING, Run::Negotiate),
+    command("query-version", &EMPTY, Type::Object(&answers::VERSION), Run::Answer(version_info)),
+    command(
+        "query-commands",
+        &EMPTY,
+        Type::Array(&COMMAND_INFO_TYPE),
+        Run::Answer(introspect::query_commands),
+    ),
+    command(
+        "query-qmp-schema",
+        &EMPTY,
+        Type::Array(&SCHEMA_INFO_TYPE),
+        Run::Answer(introspect::query_qmp_schema),
+    ),
+    command("quit", &EMPTY, NOTHING, Run::Execute(|_| Ok(Command::Quit))),
+    command(
+        "blockdev-add",
+        &blockdev::BLOCKDEV_OPTIONS,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevAdd(Box::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-del",
+        &arguments::BLOCKDEV_DEL,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevDel { node_name: text(&value, "node-name") })),
+    ),
+    command(
+        "query-named-block-nodes",
+        &arguments::NAMED_BLOCK_NODES,
+        Type::Array(&DEVICE_INFO_TYPE),
+        Run::Execute(|value| Ok(Command::QueryNamedBlockNodes { flat: flag(&value, "flat") })),
+    ),
+    command(
+        "query-block",
+        &EMPTY,
+        Type::Array(&BLOCK_INFO_TYPE),
+        Run::Execute(|_| Ok(Command::QueryBlock)),
+    ),
+    command(
+        "query-blockstats",
+        &arguments::BLOCKSTATS,
+        Type::Array(&BLOCK_STATS_TYPE),
+        Run::Execute(|value| {
+            Ok(Command::QueryBlockstats { query_nodes: flag(&value, "query-nodes") })
+        }),
+    ),
+    command(
+        "query-jobs",
+        &EMPTY,
+        Type::Array(&JOB_INFO_TYPE),
+        Run::Execute(|_| Ok(Command::QueryJobs)),
+    ),
+    command(
+        "query-block-jobs",
+        &EMPTY,
+        Type::Array(&BLOCK_JOB_INFO_TYPE),
+        Run::Execute(|_| Ok(Command::QueryBlockJobs)),
+    ),
+    job("job-pause", |value| verb(&value, JobVerb::Pause)),
+    job("job-resume", |value| verb(&value, JobVerb::Resume)),
+    job("job-cancel", |value| Ok(Command::JobCancel { id: text(&value, "id") })),
+    job("job-complete", |value| verb(&value, JobVerb::Complete)),
+    job("job-finalize", |value| verb(&value, JobVerb::Finalize)),
+    job("job-dismiss", |value| verb(&value, JobVerb::Dismiss)),
+    block_job("block-job-pause", |value| block_verb(&value, "device", JobVerb::Pause)),
+    block_job("block-job-resume", |value| block_verb(&value, "device", JobVerb::Resume)),
+    block_job("block-job-complete", |value| block_verb(&value, "device", JobVerb::Complete)),
+    job("block-job-finalize", |value| block_verb(&value, "id", JobVerb::Finalize)),
+    job("block-job-dismiss", |value| block_verb(&value, "id", JobVerb::Dismiss)),
+    command(
+        "block-job-cancel",
+        &jobs::CANCEL,
+        NOTHING,
+        Run::Execute(|value| {
+            let (id, force) = (text(&value, "device"), flag(&value, "force"));
+            Ok(Command::BlockJobCancel { id, force })
+        }),
+    ),
+    command(
+        "block-job-set-speed",
+        &jobs::SET_SPEED,
+        NOTHING,
+        Run::Execute(|value| {
+            let speed = value.get("speed").and_then(Value::as_i64).unwrap_or_default();
+            Ok(Command::BlockJobSetSpeed { id: text(&value, "device"), speed })
+        }),
+    ),
+    command(
+        "block-job-change",
+        &jobs::CHANGE,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockJobChange(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-mirror",
+        &jobs::MIRROR,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevMirror(Box::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-backup",
+        &jobs::BACKUP,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevBackup(Box::deserialize(value)?))),
+    ),
+    CommandEntry {
+        name: "blockdev-snapshot",
+        arguments: &transaction::SNAPSHOT,
+        answer: NOTHING,
+        features: &["allow-write-only-overlay"],
+        run: Run::Execute(|value| Ok(Command::BlockdevSnapshot(Deserialize::deserialize(value)?))),
+    },
+    command(
+        "blockdev-snapshot-sync",
+        &transaction::SNAPSHOT_SYNC,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevSnapshotSync(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "transaction",
+        &transaction::TRANSACTION,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::Transaction(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "nbd-server-start",
+        &exports::NBD_SERVER_START,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::NbdServerStart(Deserialize::deserialize(value)?))),
+    ),
+    command("nbd-server-stop", &EMPTY, NOTHING, Run::Execute(|_| Ok(Command::NbdServerStop))),
+    command(
+        "block-export-add",
+        &exports::BLOCK_EXPORT_OPTIONS,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockExportAdd(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "block-export-del",
+        &exports::BLOCK_EXPORT_DEL,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockExportDel(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "query-block-exports",
+        &EMPTY,
+        Type::Array(&EXPORT_INFO_TYPE),
+        Run::Execute(|_| Ok(Command::QueryBlockExports)),
+    ),
+    command(
+        "object-add",
+        &exports::OBJECT_OPTIONS,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::ObjectAdd(Deserialize::deserialize(value)?))),
+    ),
+    job("object-del", |value| Ok(Command::ObjectDel { id: text(&value, "id") })),
+];
+
+/// All events.
+pub static EVENTS: &[EventEntry] = &[
+    event("JOB_STATUS_CHANGE", &answers::JOB_STATUS_CHANGE),
+    event("BLOCK_JOB_COMPLETED", &answers::JOB_COMPLETED),
+    event("BLOCK_JOB_CANCELLED", &answers::JOB_PROGRESS),
+    event("BLOCK_JOB_ERROR", &answers::JOB_ERROR),
+    event("BLOCK_JOB_READY", &answers::JOB_PROGRESS),
+    event("BLOCK_JOB_PENDING", &answers::JOB_PENDING),
+    event("BLOCK_IMAGE_CORRUPTED", &answers::IMAGE_CORRUPTED),
+    event("BLOCK_EXPORT_DELETED", &answers::EXPORT_DELETED),
+];
+
+type Execute = fn(Value) -> Result<Command, serde_json::Error>;
+
+/// A command whose only argument is `id`.
+const fn job(name: &'static str, run: Execute) -> CommandEntry {
+    command(name, &jobs::BY_ID, NOTHING, Run::Execute(run))
+}
+
+/// A command whose only argument is `device`.
+const fn block_job(name: &'static str, run: Execute) -> CommandEntry {
+    command(name, &jobs::BY_DEVICE, NOTHING, Run::Execute(run))
+}
+
+fn verb(value: &Value, verb: JobVerb) -> Result<Command, serde_json::Error> {
+    Ok(Command::Job { verb, id: text(value, "id") })
+}
+
+fn block_verb(value: &Value, key: &str, verb: JobVerb) -> Result<Command, serde_json::Error> {
+    Ok(Command::BlockJob { verb, id: text(value, key) })
+}
+
+fn text(value: &Value, key: &str) -> String {
+    value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+fn flag(value: &Value, key: &str) -> bool {
+    value.get(key).and_then(Value::as_bool).unwrap_or_default()
+}

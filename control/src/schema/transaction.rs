@@ -1,0 +1,179 @@
+//! Arguments of snapshots and of `transaction`.
+//!
+//! Owns: the union of transaction actions; it lists only actions that are built.
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use super::jobs::{BACKUP, BlockdevBackup};
+use super::types::{EMPTY, EnumType, ObjectType, Type, Variants, may, need, object, words};
+
+static ACTION_KIND: EnumType = words(
+    "TransactionActionKind",
+    &["abort", "blockdev-backup", "blockdev-snapshot", "blockdev-snapshot-sync"],
+);
+static COMPLETION: EnumType = words("ActionCompletionMode", &["individual", "grouped"]);
+static NEW_IMAGE: EnumType = words("NewImageMode", &["existing", "absolute-paths"]);
+
+pub(super) static SNAPSHOT: ObjectType =
+    object("BlockdevSnapshot", &[need("node", Type::Str), need("overlay", Type::Str)]);
+pub(super) static SNAPSHOT_SYNC: ObjectType = object(
+    "BlockdevSnapshotSync",
+    &[
+        may("device", Type::Str),
+        may("node-name", Type::Str),
+        need("snapshot-file", Type::Str),
+        may("snapshot-node-name", Type::Str),
+        may("format", Type::Str),
+        may("mode", Type::Enum(&NEW_IMAGE)),
+    ],
+);
+
+static ABORT_WRAPPER: ObjectType = object("AbortWrapper", &[need("data", Type::Object(&EMPTY))]);
+static BACKUP_WRAPPER: ObjectType =
+    object("BlockdevBackupWrapper", &[need("data", Type::Object(&BACKUP))]);
+static SNAPSHOT_WRAPPER: ObjectType =
+    object("BlockdevSnapshotWrapper", &[need("data", Type::Object(&SNAPSHOT))]);
+static SNAPSHOT_SYNC_WRAPPER: ObjectType =
+    object("BlockdevSnapshotSyncWrapper", &[need("data", Type::Object(&SNAPSHOT_SYNC))]);
+
+static ACTION: ObjectType = ObjectType {
+    name: "TransactionAction",
+    members: &[need("type", Type::Enum(&ACTION_KIND))],
+    variants: Some(Variants {
+        tag: "type",
+        cases: &[
+            ("abort", &ABORT_WRAPPER),
+            ("blockdev-backup", &BACKUP_WRAPPER),
+            ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
+            ("blockdev-snapshot-sync", &SNAPSHOT_SYNC_WRAPPER),
+        ],
+    }),
+    features: &[],
+};
+static ACTION_TYPE: Type = Type::Object(&ACTION);
+static PROPERTIES: ObjectType =
+    object("TransactionProperties", &[may("completion-mode", Type::Enum(&COMPLETION))]);
+pub(super) static TRANSACTION: ObjectType = object(
+    "Transaction",
+    &[need("actions", Type::Array(&ACTION_TYPE)), may("properties", Type::Object(&PROPERTIES))],
+);
+
+/// Arguments of `blockdev-snapshot`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevSnapshot {
+    /// The node that becomes the overlay's backing.
+    pub node: String,
+    /// The node that takes its place.
+    pub overlay: String,
+}
+
+/// Whether an image is made or taken as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NewImageMode {
+    /// The file is there and is opened as it is.
+    Existing,
+    /// The file is created with an absolute reference to its backing.
+    #[default]
+    AbsolutePaths,
+}
+
+/// Arguments of `blockdev-snapshot-sync`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevSnapshotSync {
+    /// The node, by the name of a device or node.
+    pub device: Option<String>,
+    /// The node.
+    pub node_name: Option<String>,
+    /// Path of the new image.
+    pub snapshot_file: String,
+    /// Name of the new node.
+    pub snapshot_node_name: Option<String>,
+    /// Format of the new image; absent means qcow2.
+    pub format: Option<String>,
+    /// See [`NewImageMode`].
+    #[serde(default)]
+    pub mode: NewImageMode,
+}
+
+/// Whether the jobs of a transaction succeed or fail together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CompletionMode {
+    /// Each for itself.
+    #[default]
+    Individual,
+    /// All or none.
+    Grouped,
+}
+
+/// One step of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TransactionAction {
+    /// Fails, for tests.
+    Abort,
+    /// See [`BlockdevBackup`].
+    Backup(Box<BlockdevBackup>),
+    /// See [`BlockdevSnapshot`].
+    Snapshot(BlockdevSnapshot),
+    /// See [`BlockdevSnapshotSync`].
+    SnapshotSync(BlockdevSnapshotSync),
+}
+
+impl TransactionAction {
+    /// Its name in QMP.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Abort => "abort",
+            Self::Backup(_) => "blockdev-backup",
+            Self::Snapshot(_) => "blockdev-snapshot",
+            Self::SnapshotSync(_) => "blockdev-snapshot-sync",
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for TransactionAction {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut value = Value::deserialize(deserializer)?;
+        let data = value.get_mut("data").map(Value::take).unwrap_or_default();
+        let action = match value.get("type").and_then(Value::as_str) {
+            Some("abort") => return Ok(Self::Abort),
+            Some("blockdev-backup") => {
+                BlockdevBackup::deserialize(data).map(|backup| Self::Backup(Box::new(backup)))
+            }
+            Some("blockdev-snapshot") => BlockdevSnapshot::deserialize(data).map(Self::Snapshot),
+            Some("blockdev-snapshot-sync") => {
+                BlockdevSnapshotSync::deserialize(data).map(Self::SnapshotSync)
+            }
+            _ => return Err(D::Error::custom("action without data")),
+        };
+        action.map_err(D::Error::custom)
+    }
+}
+
+/// Arguments of `transaction`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Transaction {
+    /// The steps, in order.
+    pub actions: Vec<TransactionAction>,
+    /// Properties of the whole.
+    #[serde(default)]
+    properties: Properties,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct Properties {
+    completion_mode: CompletionMode,
+}
+
+impl Transaction {
+    /// See [`CompletionMode`].
+    pub fn completion_mode(&self) -> CompletionMode {
+        self.properties.completion_mode
+    }
+}
