@@ -17,8 +17,8 @@ use liveblk_engine::storage::{File, FileOptions, Storage};
 use liveblk_engine::{Error, ErrorKind, Result};
 use liveblk_formats::reference::resolve_reference;
 use liveblk_jobs::{
-    BackupSpec, CopyMode, Event, Job, JobError, JobManager, JobOptions, MirrorSpec, Status,
-    SyncMode, Verb,
+    Action, BackupSpec, CompletionMode, CopyMode, Event, Job, JobError, JobManager, JobOptions,
+    MirrorSpec, NewImageMode, SnapshotFile, Status, SyncMode, Verb,
 };
 
 /// Why a host's operation failed.
@@ -71,7 +71,6 @@ where
     });
     answer.wait().unwrap_or_else(|| Err(Error::new(ErrorKind::Cancelled, "run").into()))
 }
-
 
 /// The verbs of an embedding program on one core.
 #[derive(Clone, Debug)]
@@ -229,6 +228,26 @@ impl Host {
     /// I/O memory of `len` bytes, to read into.
     pub fn space(&self, len: usize) -> Buf {
         self.core.pool().zeroed(len)
+    }
+
+    /// Takes snapshots of several nodes at one instant: each (node name, new file, overlay's name).
+    /// The files are created as qcow2 overlays; disks go on at the overlays.
+    ///
+    /// # Errors
+    /// The first failure; then nothing was changed and no file is left.
+    pub async fn snapshot(&self, disks: &[(&str, &Path, &str)]) -> Result<(), HostError> {
+        let action = |(node, file, overlay): &(&str, &Path, &str)| {
+            let spec = SnapshotFile {
+                node: (*node).into(),
+                file: file.to_path_buf(),
+                overlay: Some((*overlay).into()),
+                format: "qcow2".into(),
+                mode: NewImageMode::AbsolutePaths,
+            };
+            (self.core.id(), Action::SnapshotFile(spec))
+        };
+        let actions = disks.iter().map(action).collect();
+        Ok(liveblk_jobs::transaction(&self.core, actions, CompletionMode::Individual).await?)
     }
 
     /// Starts to mirror `source` to `target`; see [`Host::ready`] and [`Host::complete`].

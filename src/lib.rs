@@ -28,5 +28,7 @@ pub use liveblk_engine::format::ReferencePolicy;
 pub use liveblk_engine::graph::{BackingSource, FileSource, OpenNode};
 pub use liveblk_engine::node::{Disk, Node, WriteFlags, ZeroFlags};
 pub use liveblk_engine::{Error, ErrorKind};
-pub use liveblk_jobs::{BackupSpec, Event, Job, JobError, JobOptions, MirrorSpec, Status, SyncMode};
+pub use liveblk_jobs::{
+    BackupSpec, Event, Job, JobError, JobOptions, MirrorSpec, Status, SyncMode,
+};
 pub use {liveblk_engine as engine, liveblk_formats as formats, liveblk_jobs as jobs};

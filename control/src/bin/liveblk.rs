@@ -1,2 +1,0 @@
-//! `liveblk`.
-fn main() {}
