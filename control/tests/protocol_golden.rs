@@ -1,8 +1,8 @@
 //! Replies recorded from the peer, for malformed input, negotiation and arguments.
 //!
 //! Each line of the record is one connection: what was sent (bytes as Latin-1) and the lines that
-//! came back. Only the package name differs. Cases that only show in which order the peer's hash table
-//! holds members (of an `id` that is an object) are left out; ours keeps the client's order.
+//! came back. Only the package name differs. Cases that only show in which order the peer's hash
+//! table holds members (of an `id` that is an object) are left out; ours keeps the client's order.
 
 use liveblk_control::json::{Layout, MessageStream, encode};
 use liveblk_control::qmp::{PACKAGE, Session, Step};

@@ -2,8 +2,8 @@
 //!
 //! The record lists, for the commands and events that both have, every path through the peer's
 //! schema with its type and features (`command</argument?/+case`). Everything ours shows must be in
-//! it, but for additions that are listed here: so a client that probes the schema finds nothing that
-//! means something else.
+//! it, but for additions that are listed here: so a client that probes the schema finds nothing
+//! that means something else.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 

@@ -1,8 +1,8 @@
 //! Splitting the command line into options, as GNU `getopt_long` does.
 //!
-//! Owns: the list of options, prefixes, `--opt=value`, clustered short options. Promises: items come
-//! in order; an unambiguous prefix of an option of the peer is that option, options of ours are
-//! spelled in full, so that no prefix changes its meaning.
+//! Owns: the list of options, prefixes, `--opt=value`, clustered short options. Promises: items
+//! come in order; an unambiguous prefix of an option of the peer is that option, options of ours
+//! are spelled in full, so that no prefix changes its meaning.
 
 use std::fmt;
 

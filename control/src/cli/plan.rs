@@ -1,10 +1,10 @@
 //! From the command line to what must be done, in order.
 //!
-//! Owns: the two passes. Order rules: 1. first pass over all options: help, version, unknown options
-//! and misuse end the program before anything happens; `--pidfile`, `--daemonize`, `--header-refs`
-//! and `--allow-dir` are noted. 2. [`Plan::actions`]: the other options strictly in order, each
-//! parsed when its turn comes, so that an error in a later one is found after earlier ones took
-//! effect, as in the peer.
+//! Owns: the two passes. Order rules: 1. first pass over all options: help, version, unknown
+//! options and misuse end the program before anything happens; `--pidfile`, `--daemonize`,
+//! `--header-refs` and `--allow-dir` are noted. 2. [`Plan::actions`]: the other options strictly in
+//! order, each parsed when its turn comes, so that an error in a later one is found after earlier
+//! ones took effect, as in the peer.
 
 use std::path::PathBuf;
 

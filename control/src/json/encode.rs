@@ -126,8 +126,10 @@ mod tests {
     #[test]
     fn pretty_output_breaks_also_empty_containers() {
         let value = json!({"return": [], "id": {"c": [1, {}]}});
-        let want = "{\n    \"return\": [\n    ],\n    \"id\": {\n        \"c\": [\n            1,\n            \
-                    {\n            }\n        ]\n    }\n}\r\n";
+        let inner = "            1,\n            {\n            }\n";
+        let want = format!(
+            "{{\n    \"return\": [\n    ],\n    \"id\": {{\n        \"c\": [\n{inner}        ]\n    }}\n}}\r\n"
+        );
         assert_eq!(encode_line(&value, Layout::Pretty), want);
     }
 }

@@ -9,14 +9,14 @@ use crate::schema::Command;
 
 /// Executes commands.
 ///
-/// Duties of the implementer: every command is answered exactly once through its [`ReplySink`], from
-/// any thread, now or later; `execute` itself does not block; events are given to every subscribed
-/// sink in the order in which they happen, before or after a reply as the peer does it. Duties of
-/// the caller: a command has passed the argument check; commands of one connection are given one at
-/// a time. Never happens: a call after `shutdown`.
+/// Duties of the implementer: every command is answered exactly once through its [`ReplySink`],
+/// from any thread, now or later; `execute` itself does not block; events are given to every
+/// subscribed sink in the order in which they happen, before or after a reply as the peer does it.
+/// Duties of the caller: a command has passed the argument check; commands of one connection are
+/// given one at a time. Never happens: a call after `shutdown`.
 pub trait Backend: Send + Sync {
-    /// Executes a command. `Quit` cancels all jobs, delivers their events and answers; what ends the
-    /// process follows with `shutdown`.
+    /// Executes a command. `Quit` cancels all jobs, delivers their events and answers; what ends
+    /// the process follows with `shutdown`.
     fn execute(&self, command: Command, reply: ReplySink);
 
     /// Delivers all later events to `sink`.

@@ -1,9 +1,9 @@
 //! One client: from bytes to replies.
 //!
 //! Owns: the three tasks of a connection (reader, executor, writer) and what passes between them.
-//! Promises: at most [`REQUEST_QUEUE_LEN_MAX`] parsed requests wait, then nothing is read; a request
-//! begins when the one before it was answered. Requests that were received before the client closed
-//! its side are still executed.
+//! Promises: at most [`REQUEST_QUEUE_LEN_MAX`] parsed requests wait, then nothing is read; a
+//! request begins when the one before it was answered. Requests that were received before the
+//! client closed its side are still executed.
 
 use std::rc::Rc;
 use std::sync::Arc;

@@ -5,9 +5,9 @@
 //! other; replies and events of a connection leave in the order in which they were made; a client
 //! that does not read costs bounded memory. Does not: execute commands; a [`Backend`] does.
 //!
-//! Order rules at the end: 1. a signal or the reply to `quit` starts it; 2. the backend is shut down
-//! and its events are delivered; 3. connections are closed, their operations awaited; 4. socket
-//! files are removed.
+//! Order rules at the end: 1. a signal or the reply to `quit` starts it; 2. the backend is shut
+//! down and its events are delivered; 3. connections are closed, their operations awaited; 4.
+//! socket files are removed.
 
 mod backend;
 mod chardev;

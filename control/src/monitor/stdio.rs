@@ -1,9 +1,9 @@
 //! A monitor on standard input and output.
 //!
-//! Owns: the two descriptors while it runs. Promises: nothing blocks the thread: pipes and terminals
-//! are used when they are ready and in pieces they can take; the end of input ends neither the
-//! monitor nor the process. Readiness is polled again before each call, because the descriptors
-//! stay in blocking mode (other processes may share them).
+//! Owns: the two descriptors while it runs. Promises: nothing blocks the thread: pipes and
+//! terminals are used when they are ready and in pieces they can take; the end of input ends
+//! neither the monitor nor the process. Readiness is polled again before each call, because the
+//! descriptors stay in blocking mode (other processes may share them).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

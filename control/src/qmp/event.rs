@@ -1,7 +1,7 @@
 //! Events as clients see them.
 //!
-//! Owns: their form on the wire. Promises: the time is taken when the event is made, so the order of
-//! times is the order of making.
+//! Owns: their form on the wire. Promises: the time is taken when the event is made, so the order
+//! of times is the order of making.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -43,9 +43,9 @@ mod tests {
     fn an_event_carries_seconds_and_microseconds() {
         let mut event = Event::now("BLOCK_EXPORT_DELETED", json!({"id": "e"}));
         event.time = UNIX_EPOCH + std::time::Duration::from_nanos(7_000_042_999);
-        assert_eq!(
-            crate::json::encode(&event.to_value(), crate::json::Layout::Compact),
-            r#"{"timestamp": {"seconds": 7, "microseconds": 42}, "event": "BLOCK_EXPORT_DELETED", "data": {"id": "e"}}"#
-        );
+        let text = crate::json::encode(&event.to_value(), crate::json::Layout::Compact);
+        let stamp = r#"{"timestamp": {"seconds": 7, "microseconds": 42}, "#;
+        let rest = r#""event": "BLOCK_EXPORT_DELETED", "data": {"id": "e"}}"#;
+        assert_eq!(text, format!("{stamp}{rest}"));
     }
 }

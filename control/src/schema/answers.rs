@@ -1,7 +1,7 @@
 //! Types of answers and event data.
 //!
-//! Owns: the shape of what the daemon sends, as `query-qmp-schema` shows it. Promises: a member that
-//! is never sent is not listed.
+//! Owns: the shape of what the daemon sends, as `query-qmp-schema` shows it. Promises: a member
+//! that is never sent is not listed.
 
 use super::blockdev::DETECT_ZEROES;
 use super::exports::EXPORT_TYPE;
