@@ -126,10 +126,20 @@ mod tests {
     #[test]
     fn pretty_output_breaks_also_empty_containers() {
         let value = json!({"return": [], "id": {"c": [1, {}]}});
-        let inner = "            1,\n            {\n            }\n";
-        let want = format!(
-            "{{\n    \"return\": [\n    ],\n    \"id\": {{\n        \"c\": [\n{inner}        ]\n    }}\n}}\r\n"
-        );
+        let want = [
+            "{",
+            "    \"return\": [",
+            "    ],",
+            "    \"id\": {",
+            "        \"c\": [",
+            "            1,",
+            "            {",
+            "            }",
+            "        ]",
+            "    }",
+            "}\r\n",
+        ]
+        .join("\n");
         assert_eq!(encode_line(&value, Layout::Pretty), want);
     }
 }
