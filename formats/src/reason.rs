@@ -76,8 +76,6 @@ pub enum Reason {
     BadEntry(&'static str, u64, u64),
     /// A guest write would have hit metadata (host offset).
     Overlap(u64),
-    /// The image was marked corrupt while open.
-    MarkedCorrupt,
     /// The refcount of a cluster would overflow or underflow (host offset).
     Refcount(u64),
     /// The image cannot grow further.
@@ -161,31 +159,25 @@ impl Reason {
 impl std::error::Error for Reason {}
 
 impl fmt::Display for Reason {
-    #[expect(clippy::too_many_lines, reason = "one table of texts")]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = match self {
+        match self.fixed_text() {
+            Some(text) => f.write_str(text),
+            None => self.fmt_with_values(f),
+        }
+    }
+}
+
+impl Reason {
+    fn fixed_text(&self) -> Option<&'static str> {
+        Some(match self {
             Self::NotQcow2 => "Image is not in qcow2 format",
             Self::HeaderUnreadable => "Could not read qcow2 header",
-            Self::Version(version) => return write!(f, "Unsupported qcow2 version {version}"),
-            Self::ClusterBits(bits) => return write!(f, "Unsupported cluster size: 2^{bits}"),
             Self::HeaderShort => "qcow2 header too short",
             Self::HeaderLong => "qcow2 header exceeds cluster size",
-            Self::HeaderLength(len) => {
-                return write!(f, "qcow2 header length {len} is not a multiple of 8");
-            }
             Self::BackingOffset => "Invalid backing file offset",
             Self::BackingName => "Backing file name too long",
             Self::BackingEncoding => "Backing file name is not valid UTF-8",
             Self::Extension => "Header extension too large",
-            Self::Features(names) => return write!(f, "Unsupported qcow2 feature(s): {names}"),
-            Self::Dirty(path) => {
-                return write!(
-                    f,
-                    "qcow2: Image is marked dirty; repair it with 'qemu-img check -r all {}' \
-                     before it is opened read/write",
-                    path.display()
-                );
-            }
             Self::CorruptBit => "qcow2: Image is corrupt; cannot be opened read/write",
             Self::DataFile => "Unsupported qcow2 feature(s): external data file",
             Self::CompressionBit { set: true } => {
@@ -194,74 +186,71 @@ impl fmt::Display for Reason {
             Self::CompressionBit { set: false } => {
                 "qcow2: Compression type incompatible feature bit must be set"
             }
-            Self::CompressionType(kind) => {
-                return write!(f, "qcow2: unknown compression type: {kind}");
-            }
             Self::CompressionUnsupported => "Unsupported qcow2 feature(s): zstd compression",
             Self::ExtendedL2 => "Unsupported qcow2 feature(s): extended L2 entries",
             Self::RefcountOrder => "Reference count entry width too large; may not exceed 64 bits",
-            Self::Encrypted(name) => {
-                return write!(f, "Unsupported qcow2 feature(s): {name} encryption");
-            }
-            Self::Encryption(method) => {
-                return write!(f, "Unsupported encryption method {method}");
-            }
             Self::NoRefcountTable => "Image does not contain a reference count table",
-            Self::TableLarge(table) => return write!(f, "{table} too large"),
-            Self::TableOffset(table) => return write!(f, "{table} offset invalid"),
             Self::SizeTooBig => "Image is too big",
             Self::L1Small => "L1 table is too small",
-            Self::Snapshots(count) => {
-                return write!(
-                    f,
-                    "qcow2: Image has {count} internal snapshot(s); it can only be opened \
-                     read-only"
-                );
-            }
-            Self::CompressedCluster(offset) => {
-                return write!(f, "Compressed cluster at guest offset {offset:#x} is not supported");
-            }
-            Self::BadEntry(table, at, entry) => {
-                return write!(f, "qcow2: Image is corrupt: {table} entry {entry:#x} at {at:#x}");
-            }
-            Self::Overlap(host) => {
-                return write!(
-                    f,
-                    "qcow2: Image is corrupt: guest data at host offset {host:#x} overlaps metadata"
-                );
-            }
-            Self::MarkedCorrupt => "qcow2: Image is corrupt; no further writes are possible",
-            Self::Refcount(host) => {
-                return write!(
-                    f,
-                    "qcow2: Image is corrupt: wrong refcount of the cluster at {host:#x}"
-                );
-            }
             Self::TableFull => "qcow2: The refcount table cannot grow any further",
             Self::Shrink => "qcow2: Shrinking would discard allocated clusters: not supported",
             Self::SizeAlignment => "The new size must be a multiple of 512",
-            Self::CreateClusterSize => {
-                "Cluster size must be a power of two between 512 and 2048k"
-            }
+            Self::CreateClusterSize => "Cluster size must be a power of two between 512 and 2048k",
             Self::HeaderFull => "Header extensions and backing file name do not fit in a cluster",
-            Self::NoBackingSupport(driver) => {
-                return write!(f, "Driver '{driver}' does not support backing files");
-            }
-            Self::RawRange { offset, size, file } => {
-                return write!(
-                    f,
-                    "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
-                     the actual size of the containing file ({file})"
-                );
-            }
             Self::RawFixed => "Cannot resize fixed-size raw disks",
-            other => return other.fmt_reference(f),
-        };
-        f.write_str(text)
+            _ => return None,
+        })
     }
-}
 
-impl Reason {
+    fn fmt_with_values(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Version(version) => write!(f, "Unsupported qcow2 version {version}"),
+            Self::ClusterBits(bits) => write!(f, "Unsupported cluster size: 2^{bits}"),
+            Self::HeaderLength(len) => {
+                write!(f, "qcow2 header length {len} is not a multiple of 8")
+            }
+            Self::Features(names) => write!(f, "Unsupported qcow2 feature(s): {names}"),
+            Self::Dirty(path) => write!(
+                f,
+                "qcow2: Image is marked dirty; repair it with 'qemu-img check -r all {}' \
+                     before it is opened read/write",
+                path.display()
+            ),
+            Self::CompressionType(kind) => write!(f, "qcow2: unknown compression type: {kind}"),
+            Self::Encrypted(name) => write!(f, "Unsupported qcow2 feature(s): {name} encryption"),
+            Self::Encryption(method) => write!(f, "Unsupported encryption method {method}"),
+            Self::TableLarge(table) => write!(f, "{table} too large"),
+            Self::TableOffset(table) => write!(f, "{table} offset invalid"),
+            Self::Snapshots(count) => write!(
+                f,
+                "qcow2: Image has {count} internal snapshot(s); it can only be opened \
+                     read-only"
+            ),
+            Self::CompressedCluster(offset) => {
+                write!(f, "Compressed cluster at guest offset {offset:#x} is not supported")
+            }
+            Self::BadEntry(table, at, entry) => {
+                write!(f, "qcow2: Image is corrupt: {table} entry {entry:#x} at {at:#x}")
+            }
+            Self::Overlap(host) => write!(
+                f,
+                "qcow2: Image is corrupt: guest data at host offset {host:#x} overlaps metadata"
+            ),
+            Self::Refcount(host) => {
+                write!(f, "qcow2: Image is corrupt: wrong refcount of the cluster at {host:#x}")
+            }
+            Self::NoBackingSupport(driver) => {
+                write!(f, "Driver '{driver}' does not support backing files")
+            }
+            Self::RawRange { offset, size, file } => write!(
+                f,
+                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
+                     the actual size of the containing file ({file})"
+            ),
+            other => other.fmt_reference(f),
+        }
+    }
+
     fn fmt_reference(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::ReferenceProtocol(name) => write!(

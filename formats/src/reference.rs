@@ -42,8 +42,13 @@ pub fn resolve_reference(
         ReferencePolicy::SameDir { allow } => {
             let own = lexical(folder);
             let mut folders = std::iter::once(own).chain(allow.iter().map(|dir| lexical(dir)));
-            match folders.find(|dir| path.starts_with(dir) && path != *dir) {
-                Some(dir) => Ok(ResolvedReference { path, beneath: Some(dir), driver }),
+            match folders.find(|dir| lies_below(&path, dir)) {
+                Some(dir) => {
+                    // A relative path keeps its folder in front, so that the one is a prefix of
+                    // the other.
+                    let path = if dir == Path::new(".") { dir.join(path) } else { path };
+                    Ok(ResolvedReference { path, beneath: Some(dir), driver })
+                }
                 None => refuse(Reason::ReferenceOutside { image: image.to_owned(), path }),
             }
         }
@@ -54,6 +59,16 @@ pub fn resolve_reference(
 pub fn has_protocol(name: &str) -> bool {
     let end = name.find([':', '/']);
     end.is_some_and(|at| name.as_bytes().get(at) == Some(&b':'))
+}
+
+/// Whether `path` lies below `folder`; both are without `.` and inner `..`.
+fn lies_below(path: &Path, folder: &Path) -> bool {
+    if folder == Path::new(".") {
+        return path.is_relative()
+            && matches!(path.components().next(), Some(Component::Normal(_)));
+    }
+    let climbs = path.strip_prefix(folder).is_ok_and(|rest| rest.starts_with(".."));
+    path.starts_with(folder) && path != folder && !climbs
 }
 
 fn folder_of(image: &Path) -> &Path {
@@ -94,7 +109,8 @@ mod tests {
 
     #[test]
     fn protocols_and_json_are_never_followed() {
-        for name in ["json:{}", "nbd://host/x", "nbd:unix:/x", "a:b", "fat:/etc", "host_device:/dev/x"]
+        for name in
+            ["json:{}", "nbd://host/x", "nbd:unix:/x", "a:b", "fat:/etc", "host_device:/dev/x"]
         {
             let error = resolve(name, &ReferencePolicy::Any).expect_err(name);
             assert_eq!(error.errno(), 13, "{name}");
@@ -126,7 +142,8 @@ mod tests {
         let reference = BackingRef { file: "base.qcow2".to_owned(), format: None };
         let policy = ReferencePolicy::SameDir { allow: Vec::new() };
         let found = resolve_reference(Path::new("top.qcow2"), &reference, &policy).expect("ok");
-        assert_eq!(found.path, Path::new("base.qcow2"));
+        assert_eq!(found.path, Path::new("./base.qcow2"));
+        assert_eq!(found.beneath.as_deref(), Some(Path::new(".")));
         let up = BackingRef { file: "../x".to_owned(), format: None };
         assert!(resolve_reference(Path::new("top.qcow2"), &up, &policy).is_err());
         let found = resolve_reference(Path::new("dir/top.qcow2"), &reference, &policy).expect("ok");

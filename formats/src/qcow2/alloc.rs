@@ -113,14 +113,14 @@ impl Image {
     /// Takes `count` neighbouring clusters. The caller holds `growth`.
     pub(super) async fn allocate(self: &Rc<Self>, count: u64) -> Result<Run> {
         loop {
-            if let Some(run) = self.state.borrow_mut().take_clusters(count) {
-                if run.count == count {
-                    return Ok(run);
+            let taken = self.state.borrow_mut().take_clusters(count);
+            match taken {
+                Some(run) if run.count == count => return Ok(run),
+                Some(run) => {
+                    self.state.borrow_mut().give_back(run);
+                    self.extend(count).await?;
                 }
-                self.state.borrow_mut().give_back(run);
-                self.extend(count).await?;
-            } else {
-                self.refill(count).await?;
+                None => self.refill(count).await?,
             }
         }
     }
@@ -194,7 +194,8 @@ impl Image {
             let mut run = Run { start: at, count: 0 };
             while run.count < want && (at.0 + run.count) / entries == block {
                 let next = at.plus(run.count);
-                self.load_ref_slice(self.state.borrow().ref_position(next).0).await?;
+                let (slice, _) = self.state.borrow().ref_position(next);
+                self.load_ref_slice(slice).await?;
                 if self.state.borrow().refcount(next) != Some(0) {
                     break;
                 }

@@ -7,9 +7,7 @@ use liveblk_engine::storage::Storage;
 use super::check::CheckReport;
 use super::extensions::BITMAPS;
 use super::header::Header;
-use super::layout::{
-    COMPRESSED, COPIED, ENTRY_BYTES, OFFSET_MASK, REFTABLE_MASK, ZERO,
-};
+use super::layout::{COMPRESSED, COPIED, ENTRY_BYTES, OFFSET_MASK, REFTABLE_MASK, ZERO};
 use super::open::{read, read_words};
 
 /// Bytes of the fixed part of a snapshot table entry and of a bitmap directory entry.

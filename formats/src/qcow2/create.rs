@@ -81,11 +81,8 @@ pub async fn create(core: &Core, storage: &Storage, options: CreateOptions) -> R
     if !options.size.is_multiple_of(512) {
         return refuse(Reason::SizeAlignment);
     }
-    let geometry = Geometry {
-        version: options.version,
-        cluster_bits,
-        refcount_order: options.refcount_order,
-    };
+    let geometry =
+        Geometry { version: options.version, cluster_bits, refcount_order: options.refcount_order };
     let l1_bytes = geometry.l1_entries(options.size) * ENTRY_BYTES;
     if l1_bytes > L1_BYTES_MAX {
         return refuse(Reason::SizeTooBig);
@@ -143,7 +140,10 @@ fn first_cluster(
         backing: name,
         backing_offset: 0,
         l1_size: u32::try_from(geometry.l1_entries(options.size)).unwrap_or(0),
-        l1_offset: (1 + plan.reftable + plan.blocks) << geometry.cluster_bits,
+        l1_offset: match plan.l1 {
+            0 => 0,
+            _ => (1 + plan.reftable + plan.blocks) << geometry.cluster_bits,
+        },
         reftable_offset: geometry.cluster(),
         reftable_clusters: u32::try_from(plan.reftable).unwrap_or(0),
         nb_snapshots: 0,

@@ -223,7 +223,10 @@ impl Format for Qcow2 {
         let text = |text: &str| InfoValue::Text(text.to_owned());
         let mut specific = vec![
             ("compat", text(if geometry.version == 3 { "1.1" } else { "0.10" })),
-            ("compression-type", text(if header.compression_type() == 1 { "zstd" } else { "zlib" })),
+            (
+                "compression-type",
+                text(if header.compression_type() == 1 { "zstd" } else { "zlib" }),
+            ),
         ];
         if geometry.version == 3 {
             specific.push(("lazy-refcounts", InfoValue::Flag(header.lazy_refcounts())));

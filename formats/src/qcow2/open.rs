@@ -19,9 +19,7 @@ use super::header::Header;
 use super::image::{Image, Options};
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, OFFSET_MASK, REFTABLE_MASK};
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
-use crate::limits::{
-    CACHE_SLICES_MIN, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES, TABLE_PIECE,
-};
+use crate::limits::{CACHE_SLICES_MIN, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES, TABLE_PIECE};
 
 /// Bytes that are read to learn the cluster size.
 const FIRST_READ: u64 = 4096;

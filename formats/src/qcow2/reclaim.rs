@@ -17,14 +17,19 @@ impl Image {
         loop {
             let runs = {
                 let mut state = self.state.borrow_mut();
-                let ready = state
-                    .quarantine
-                    .front()
-                    .is_some_and(|(epoch, _)| self.epochs.quiesced(*epoch));
-                match state.quarantine.pop_front_if(|_| ready) {
-                    Some((_, runs)) => runs,
-                    None if state.released.is_empty() => return,
-                    None => std::mem::take(&mut state.released),
+                let ready =
+                    state.quarantine.front().is_some_and(|(epoch, _)| self.epochs.quiesced(*epoch));
+                match state.quarantine.pop_front() {
+                    Some((_, runs)) if ready => runs,
+                    kept => {
+                        if let Some(kept) = kept {
+                            state.quarantine.push_front(kept);
+                        }
+                        if state.released.is_empty() {
+                            return;
+                        }
+                        std::mem::take(&mut state.released)
+                    }
                 }
             };
             for run in runs {
@@ -64,7 +69,6 @@ impl Image {
 
     async fn last_reference(self: &Rc<Self>, cluster: HostCluster) -> bool {
         let (slice, _) = self.state.borrow().ref_position(cluster);
-        self.load_ref_slice(slice).await.is_ok()
-            && self.state.borrow().refcount(cluster) == Some(1)
+        self.load_ref_slice(slice).await.is_ok() && self.state.borrow().refcount(cluster) == Some(1)
     }
 }

@@ -72,8 +72,7 @@ impl Image {
         self.write_out().await?;
         let (plan, old, table) = {
             let state = self.state.borrow();
-            let plan =
-                Move::plan(geometry, state.allocator.end, state.reftable.len() as u64);
+            let plan = Move::plan(geometry, state.allocator.end, state.reftable.len() as u64);
             let mut table = state.reftable.clone();
             let entries = (plan.table_clusters << geometry.cluster_bits) / ENTRY_BYTES;
             table.resize(usize::try_from(entries).unwrap_or(0), 0);

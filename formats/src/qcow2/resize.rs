@@ -68,7 +68,9 @@ impl Image {
                 }
                 Lookup::Entry(_) => return Ok(()),
                 Lookup::Miss(miss @ Miss::L2Slice(_)) => Rc::clone(self).load(miss).await?,
-                Lookup::Miss(_) => self.make_l2_table(self.geometry.l1_of_slice(slice) as u64).await?,
+                Lookup::Miss(_) => {
+                    self.make_l2_table(self.geometry.l1_of_slice(slice) as u64).await?
+                }
                 Lookup::Wait => {
                     let ended = || !self.state.borrow().pending.contains_key(&at.0);
                     self.pending_ended.until(ended).await;

@@ -9,8 +9,8 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use liveblk_engine::format::BackingRef;
 use liveblk_engine::Result;
+use liveblk_engine::format::BackingRef;
 
 use super::header::Header;
 use super::image::Image;
@@ -133,4 +133,3 @@ fn used_ranges(header: &Header) -> [Range<usize>; 2] {
     let name = header.backing.as_ref().map_or(0, String::len);
     [0..end, at..at + name]
 }
-

@@ -1,8 +1,8 @@
 //! New L2 tables and refcount blocks.
 //!
 //! Order: (1) take the cluster and count it in memory; (2) write its content to the file; (3) point
-//! to it in memory. The flush writes the counts, then makes (2) durable, then the pointer. A failure
-//! in (2) gives the cluster back: nothing pointed to it.
+//! to it in memory. The flush writes the counts, then makes (2) durable, then the pointer. A
+//! failure in (2) gives the cluster back: nothing pointed to it.
 
 use std::rc::Rc;
 

@@ -21,11 +21,21 @@ use crate::reason::Reason;
 /// How the clusters at the start of a range will be written.
 enum Plan {
     /// Where they are.
-    InPlace { host: u64, clusters: u64 },
+    InPlace {
+        host: u64,
+        clusters: u64,
+    },
     /// Into the clusters that were kept for them.
-    Reuse { host: u64, clusters: u64 },
+    Reuse {
+        host: u64,
+        clusters: u64,
+    },
     /// Into new clusters.
-    Allocate { clusters: u64, fill: Fill, old: Option<u64> },
+    Allocate {
+        clusters: u64,
+        fill: Fill,
+        old: Option<u64>,
+    },
     Miss(Miss),
     Wait(GuestCluster),
 }
@@ -88,7 +98,7 @@ impl State {
     fn plan(&self, range: GuestRange) -> Result<Plan, Reason> {
         let bits = self.geometry.cluster_bits;
         let first = GuestCluster(range.start.bytes() >> bits);
-        let count = (range.end().bytes() - 1 >> bits) - first.0 + 1;
+        let count = ((range.end().bytes() - 1) >> bits) - first.0 + 1;
         let entry = match self.lookup(first)? {
             Lookup::Entry(entry) => entry,
             Lookup::Miss(miss) => return Ok(Plan::Miss(miss)),

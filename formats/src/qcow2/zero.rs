@@ -28,7 +28,11 @@ enum Plan {
 
 impl Image {
     /// See `Format::begin_zero`.
-    pub(super) fn begin_zero(self: &Rc<Self>, range: GuestRange, mode: ZeroMode) -> Result<ZeroStep> {
+    pub(super) fn begin_zero(
+        self: &Rc<Self>,
+        range: GuestRange,
+        mode: ZeroMode,
+    ) -> Result<ZeroStep> {
         let outcome = {
             let mut state = self.state.borrow_mut();
             state.check_writable()?;

@@ -1,8 +1,8 @@
 //! Random work by several tasks on one image, with power cuts, against a model per sector.
 //!
 //! After a cut each sector holds the last value known to be durable or one written since, the own
-//! check finds no corruption, and (on a sample) so does the peer's. A seed that fails is printed and
-//! replays.
+//! check finds no corruption, and (on a sample) so does the peer's. A seed that fails is printed;
+//! `LIVEBLK_SEED` replays it.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -219,7 +219,7 @@ async fn verify(core: Core, model: Rc<RefCell<Model>>, below: bool, clean: bool)
 fn options(rng: &mut Rng, size: u64, below: bool) -> CreateOptions {
     let mut options = CreateOptions::new(size);
     options.cluster_size = 1 << [9, 10, 12, 12, 14, 16][(rng.bits() % 6) as usize];
-    options.version = if rng.bits() % 4 == 0 && !below { 2 } else { 3 };
+    options.version = if rng.bits().is_multiple_of(4) && !below { 2 } else { 3 };
     if options.version == 3 {
         options.refcount_order = (rng.bits() % 7) as u32;
     }
@@ -230,7 +230,7 @@ fn options(rng: &mut Rng, size: u64, below: bool) -> CreateOptions {
 fn run_seed(seed: u64) {
     let mut rng = Rng::new(seed);
     let size = SECTOR * (600 + rng.bits() % 3000);
-    let below = rng.bits() % 2 == 0;
+    let below = rng.bits().is_multiple_of(2);
     let options = options(&mut rng, size, below);
     println!("seed {seed}: {options:?} below: {below}");
     let mut sim = Sim::new(SimConfig { fs: FsConfig::default(), ..SimConfig::new(seed).calm() });

@@ -45,8 +45,14 @@ pub(super) async fn file(core: &Core, path: &str, create_new: bool) -> Storage {
 pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Result<Disk> {
     let filename = PathBuf::from(storage.name());
     let core = core.clone();
-    let image =
-        OpenImage { core: core.clone(), storage, filename, writable, raw_offset: 0, raw_size: None };
+    let image = OpenImage {
+        core: core.clone(),
+        storage,
+        filename,
+        writable,
+        raw_offset: 0,
+        raw_size: None,
+    };
     let driver = Qcow2Driver::with_options(Options { discard_unmap: true });
     let format = driver.open(image).await?;
     Ok(Disk { core, format, below: |_| 0 })

@@ -104,8 +104,17 @@ fn images_of_the_peer_read_right() {
     ] {
         run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", creation, text(&path), "9M"]);
         let mut io = vec![
-            "-f", "qcow2", text(&path), "-c", "write -P 1 0 1M", "-c", "write -P 2 1500k 700k",
-            "-c", "write -P 3 5M 4M", "-c", "discard 6M 1M",
+            "-f",
+            "qcow2",
+            text(&path),
+            "-c",
+            "write -P 1 0 1M",
+            "-c",
+            "write -P 2 1500k 700k",
+            "-c",
+            "write -P 3 5M 4M",
+            "-c",
+            "discard 6M 1M",
         ];
         if creation != "compat=0.10" {
             io.extend(["-c", "write -z 512k 256k", "-c", "write -z -u 5M 512k"]);
@@ -132,7 +141,8 @@ fn images_of_the_peer_read_right() {
 #[test]
 fn images_of_ours_are_clean_and_equal_for_the_peer() {
     let folder = tempfile::tempdir().unwrap();
-    for (bits, order, version) in [(16, 4, 3), (9, 6, 3), (9, 0, 3), (12, 2, 3), (21, 4, 3), (16, 4, 2)]
+    for (bits, order, version) in
+        [(16, 4, 3), (9, 6, 3), (9, 0, 3), (12, 2, 3), (21, 4, 3), (16, 4, 2)]
     {
         let mut sim = Sim::new(SimConfig::new(5));
         let expected = sim.block_on(0, |core| async move {
@@ -202,7 +212,8 @@ fn a_changed_backing_reference_is_what_the_peer_reads() {
                 assert_eq!(disk.format.info().backing, reference);
             });
             sim.fs().export("/image", &path).unwrap();
-            let info = run("qemu-img", &["info", "-U", "-f", "qcow2", "--output=json", text(&path)]);
+            let info =
+                run("qemu-img", &["info", "-U", "-f", "qcow2", "--output=json", text(&path)]);
             match &expected {
                 Some(BackingRef { file, format }) => {
                     assert!(info.contains(&format!("\"backing-filename\": \"{file}\"")), "{info}");

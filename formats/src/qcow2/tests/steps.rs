@@ -136,7 +136,8 @@ fn zero_modes_keep_free_or_leave_clusters() {
 #[test]
 fn version_2_never_unmaps() {
     calm(|core| async move {
-        let mut disk = image(&core, CreateOptions { version: 2, ..CreateOptions::new(1 << 24) }).await;
+        let mut disk =
+            image(&core, CreateOptions { version: 2, ..CreateOptions::new(1 << 24) }).await;
         disk.below = |_| 9;
         disk.write(0, &[1; 65536]).await.unwrap();
         disk.zero(0, CLUSTER, ZeroMode::Discard).await.unwrap();
@@ -154,7 +155,10 @@ fn a_read_only_image_takes_no_writes_and_can_become_writable() {
         disk.format.set_writable(false).await.expect("is flushed");
         let report = check(&core, disk.format.data_storage()).await.unwrap();
         assert!(report.is_clean(), "{:?}", report.problems);
-        assert_eq!(disk.write(0, &[2; 512]).await.expect_err("refused").kind(), ErrorKind::ReadOnly);
+        assert_eq!(
+            disk.write(0, &[2; 512]).await.expect_err("refused").kind(),
+            ErrorKind::ReadOnly
+        );
         disk.format.set_writable(true).await.expect("is writable again");
         disk.write(0, &[2; 512]).await.expect("writes");
         let past = disk.write((1 << 24) - 512, &[1; 1024]).await.expect_err("outside");
