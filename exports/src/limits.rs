@@ -24,6 +24,10 @@ pub const RECEIVE_WINDOW: usize = 64 << 10;
 /// Bytes received at once during a handshake, and after a payload that was received directly.
 pub const RECEIVE_SMALL: usize = 4 << 10;
 
+/// Payloads of which this many bytes are still to come are received straight into their request;
+/// smaller ones come through the window, with the requests that follow them.
+pub const DIRECT_PAYLOAD: usize = 16 << 10;
+
 /// The longest data of an option that is looked at; longer ones are skipped and refused.
 pub const OPTION_BYTES: u32 = 64 << 10;
 

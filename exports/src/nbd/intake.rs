@@ -1,15 +1,15 @@
 //! The receive buffer of a connection.
 //!
-//! One receive brings as many requests as the peer has sent; payloads that are not in the buffer
-//! yet are received straight into the request's memory, and the next receive is then a small one,
-//! so that of a stream of large writes almost nothing is copied.
+//! One receive brings as many requests as the peer has sent. Large payloads that are not in the
+//! buffer yet are received straight into the request's memory, and the next receive is then a small
+//! one, so that of a stream of large writes almost nothing is copied.
 
 use liveblk_engine::Result;
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
 use liveblk_engine::net::Socket;
 
-use crate::limits::RECEIVE_SMALL;
+use crate::limits::{DIRECT_PAYLOAD, RECEIVE_SMALL};
 
 /// Longest head that is read at once.
 const HEAD_MAX: usize = 64;
@@ -87,22 +87,35 @@ impl Intake {
 
     /// Fills `buf` with the next bytes; false if the stream ends before.
     pub(crate) async fn fill(&mut self, buf: &Buf) -> Result<bool> {
-        let mut done = buf.len().min(self.end - self.start);
-        if done > 0 {
-            let have = self.window.slice(self.start..self.start + done);
-            buf.slice(0..done).copy_from_buf(&have);
-            self.start += done;
-        }
-        if done < buf.len() {
+        let mut done = self.copy_out(buf, 0);
+        if buf.len() - done >= DIRECT_PAYLOAD {
+            // The next request is likely one of this kind again.
             self.ask = RECEIVE_SMALL;
-        }
-        while done < buf.len() {
-            match self.socket.recv(buf.slice(done..buf.len())).await? {
-                0 => return Ok(false),
-                count => done += count,
+            while done < buf.len() {
+                match self.socket.recv(buf.slice(done..buf.len())).await? {
+                    0 => return Ok(false),
+                    count => done += count,
+                }
             }
         }
+        while done < buf.len() {
+            if !self.receive().await? {
+                return Ok(false);
+            }
+            done += self.copy_out(buf, done);
+        }
         Ok(true)
+    }
+
+    /// Moves what is here to `buf` from position `at`; how much that was.
+    fn copy_out(&mut self, buf: &Buf, at: usize) -> usize {
+        let len = (buf.len() - at).min(self.end - self.start);
+        if len > 0 {
+            let here = self.window.slice(self.start..self.start + len);
+            buf.slice(at..at + len).copy_from_buf(&here);
+            self.start += len;
+        }
+        len
     }
 
     /// Whether the next `len` bytes are here already.

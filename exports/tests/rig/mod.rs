@@ -51,8 +51,13 @@ impl Server {
 
     /// The same with another configuration.
     pub fn start_with(size: u64, adapt: impl FnOnce(&mut ServerConfig)) -> Self {
+        Self::start_in(&std::env::temp_dir(), size, adapt)
+    }
+
+    /// The same with the disk's file and the socket below `parent`.
+    pub fn start_in(parent: &Path, size: u64, adapt: impl FnOnce(&mut ServerConfig)) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir_in(parent).unwrap();
         let image = folder.path().join("disk.raw");
         std::fs::File::create(&image).unwrap().set_len(size).unwrap();
         let engine = Engine::start(&EngineConfig::default()).unwrap();
