@@ -14,26 +14,26 @@ use std::rc::Rc;
 use super::pattern::Value;
 
 /// A moment: the number of begins and ends before it.
-pub type Tick = u32;
+pub(crate) type Tick = u32;
 
 const NEVER: Tick = Tick::MAX;
 
 /// The clock of a world and the numbers of its writes.
 #[derive(Debug, Default)]
-pub struct Clock {
+pub(crate) struct Clock {
     now: Cell<Tick>,
     values: Cell<Value>,
 }
 
 impl Clock {
     /// The next tick.
-    pub fn tick(&self) -> Tick {
+    pub(crate) fn tick(&self) -> Tick {
         self.now.set(self.now.get() + 1);
         self.now.get()
     }
 
     /// A number that no write had before.
-    pub fn value(&self) -> Value {
+    pub(crate) fn value(&self) -> Value {
         self.values.set(self.values.get() + 1);
         self.values.get()
     }
@@ -50,18 +50,18 @@ struct Change {
 }
 
 /// Names a change of one disk.
-pub type ChangeId = usize;
+pub(crate) type ChangeId = usize;
 
 /// A moment that lies between two ticks: when a cut happened that began and ended then.
 #[derive(Clone, Copy, Debug)]
-pub struct Window {
-    pub from: Tick,
-    pub to: Tick,
+pub(crate) struct Window {
+    pub(crate) from: Tick,
+    pub(crate) to: Tick,
 }
 
 /// The history of one disk.
 #[derive(Debug)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     clock: Rc<Clock>,
     changes: RefCell<Vec<Change>>,
     blocks: RefCell<Vec<Vec<u32>>>,
@@ -69,7 +69,7 @@ pub struct Ledger {
 
 impl Ledger {
     /// A disk of `blocks` zero blocks.
-    pub fn new(clock: &Rc<Clock>, blocks: usize) -> Rc<Self> {
+    pub(crate) fn new(clock: &Rc<Clock>, blocks: usize) -> Rc<Self> {
         let zeroes = Change { value: 0, begin: 0, end: 0, sure: true, durable: true };
         Rc::new(Self {
             clock: Rc::clone(clock),
@@ -79,12 +79,12 @@ impl Ledger {
     }
 
     /// Number of blocks.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.blocks.borrow().len()
     }
 
     /// A change of blocks `first..first + count` to `value` begins.
-    pub fn begin(&self, value: Value, first: usize, count: usize) -> ChangeId {
+    pub(crate) fn begin(&self, value: Value, first: usize, count: usize) -> ChangeId {
         let begin = self.clock.tick();
         self.add(Change { value, begin, end: NEVER, sure: false, durable: false }, first, count)
     }
@@ -101,14 +101,14 @@ impl Ledger {
     }
 
     /// A change was answered: `sure` if it certainly happened, `durable` if it survives a cut.
-    pub fn end(&self, id: ChangeId, sure: bool, durable: bool) {
+    pub(crate) fn end(&self, id: ChangeId, sure: bool, durable: bool) {
         let end = self.clock.tick();
         let change = &mut self.changes.borrow_mut()[id];
         (change.end, change.sure, change.durable) = (end, sure, durable);
     }
 
     /// What ended before `sent` is durable: a flush sent then was answered.
-    pub fn flushed(&self, sent: Tick) {
+    pub(crate) fn flushed(&self, sent: Tick) {
         for change in self.changes.borrow_mut().iter_mut().filter(|change| change.end < sent) {
             change.durable = true;
         }
@@ -150,7 +150,12 @@ impl Ledger {
 
     /// Judges a read of the blocks from `first` on that took place within `window`; what it found in
     /// blocks that nobody changed meanwhile, they hold from now on.
-    pub fn read(&self, first: usize, values: &[Value], window: Window) -> Result<(), String> {
+    pub(crate) fn read(
+        &self,
+        first: usize,
+        values: &[Value],
+        window: Window,
+    ) -> Result<(), String> {
         for (at, value) in values.iter().enumerate() {
             let block = first + at;
             let floor = self.floor(block, window.from);
@@ -187,7 +192,7 @@ impl Ledger {
 
     /// Judges an image that must be the whole disk at one moment within `window`, and returns the
     /// earliest moment that it can be.
-    pub fn point_in_time(&self, values: &[Value], window: Window) -> Result<Tick, String> {
+    pub(crate) fn point_in_time(&self, values: &[Value], window: Window) -> Result<Tick, String> {
         let mut moment = window.from;
         for (block, value) in values.iter().enumerate() {
             let floor = self.floor(block, window.from);
@@ -206,7 +211,12 @@ impl Ledger {
 
     /// Judges an image that must not be older than `moment`: some block shows a write that began
     /// then, so writes that had ended before must show too.
-    pub fn not_before(&self, values: &[Value], moment: Tick, to: Tick) -> Result<(), String> {
+    pub(crate) fn not_before(
+        &self,
+        values: &[Value],
+        moment: Tick,
+        to: Tick,
+    ) -> Result<(), String> {
         for (block, value) in values.iter().enumerate() {
             let floor = self.floor(block, moment);
             if self.earliest(block, *value, floor, to).is_none() {
@@ -221,7 +231,7 @@ impl Ledger {
     }
 
     /// Judges what a power cut left now.
-    pub fn survived(&self, values: &[Value]) -> Result<(), String> {
+    pub(crate) fn survived(&self, values: &[Value]) -> Result<(), String> {
         for (block, value) in values.iter().enumerate() {
             let floor = self.floor_of(block, |change| change.sure && change.durable);
             if self.earliest(block, *value, floor, NEVER).is_none() {
@@ -235,13 +245,13 @@ impl Ledger {
     }
 
     /// Whether `block` may have held `value` within `window`.
-    pub fn may_hold(&self, block: usize, value: Value, window: Window) -> bool {
+    pub(crate) fn may_hold(&self, block: usize, value: Value, window: Window) -> bool {
         let floor = self.floor(block, window.from);
         self.earliest(block, value, floor, window.to).is_some()
     }
 
     /// What the disk is known to hold when nothing is in flight; `None` per block if unknown.
-    pub fn settled(&self) -> Vec<Option<Value>> {
+    pub(crate) fn settled(&self) -> Vec<Option<Value>> {
         let now = self.clock.tick();
         let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
         let known = |(block, entries): (usize, &Vec<u32>)| {

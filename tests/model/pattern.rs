@@ -6,16 +6,16 @@
 use liveblk::engine::buf::Buf;
 
 /// Bytes of a block: what the simulated disk keeps or loses as one.
-pub const BLOCK: usize = 512;
+pub(crate) const BLOCK: usize = 512;
 
 const FACTOR: u64 = 0x9fb2_1c65_1e98_df25;
 const WORDS: usize = BLOCK / 8;
 
 /// Number of the write that a block holds; 0: zeroes.
-pub type Value = u32;
+pub(crate) type Value = u32;
 
 /// The bytes of block `index` of a disk as write `value` makes it.
-pub fn block(value: Value, index: u64) -> [u8; BLOCK] {
+pub(crate) fn block(value: Value, index: u64) -> [u8; BLOCK] {
     let mut bytes = [0; BLOCK];
     if value == 0 {
         return bytes;
@@ -32,14 +32,14 @@ fn word_of(value: Value, index: u64, at: usize) -> u64 {
 }
 
 /// Fills `buf` with what write `value` puts at block `first` and the following.
-pub fn fill(buf: &Buf, value: Value, first: u64) {
+pub(crate) fn fill(buf: &Buf, value: Value, first: u64) {
     for (index, at) in (0..buf.len()).step_by(BLOCK).enumerate() {
         buf.copy_from(at, &block(value, first + index as u64));
     }
 }
 
 /// The values of `bytes`, which were read at block `first`; `Err` gives the first foreign block.
-pub fn values(bytes: &[u8], first: u64) -> Result<Vec<Value>, String> {
+pub(crate) fn values(bytes: &[u8], first: u64) -> Result<Vec<Value>, String> {
     let blocks = bytes.as_chunks::<BLOCK>().0;
     blocks.iter().enumerate().map(|(at, block)| value_of(block, first + at as u64)).collect()
 }

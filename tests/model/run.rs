@@ -1,0 +1,87 @@
+//! One seed from its plan to the last judgement.
+
+use std::rc::Rc;
+
+use liveblk::engine::driver::sim::{Rng, Sim};
+
+use super::judge;
+use super::world::{Plan, Start, World};
+use super::{guest, operator};
+
+/// What a run tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) trace: u64,
+    pub(crate) requests: u64,
+    pub(crate) requests_in_jobs: u64,
+    pub(crate) jobs: u64,
+    pub(crate) cuts: u64,
+    pub(crate) peer: u64,
+}
+
+/// How a seed is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Settings {
+    /// Whether `qemu-img` looks at the first cut.
+    pub(crate) ask_peer: bool,
+}
+
+/// Runs `seed`.
+///
+/// # Panics
+/// If something is wrong.
+pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
+    let plan = Plan::new(seed);
+    let Start { mut sim, world } = Start::new(plan.clone());
+    start_tasks(&world);
+    let mut outcome = Outcome::default();
+    for (index, (requests, steps)) in (0..).zip(&plan.cuts) {
+        let seen = Rc::clone(&world);
+        sim.run_until(|| seen.requests.get() >= *requests);
+        sim.run_steps(*steps);
+        look(&sim, &world, seed ^ index, &mut outcome, settings.ask_peer && index == 0);
+    }
+    let seen = Rc::clone(&world);
+    sim.run_until(|| seen.tasks.get() == 0);
+    let closing = Rc::clone(&world);
+    let sent = world.clock.tick();
+    let closed = sim.block_on(0, |_| async move { closing.host.close().await });
+    closed.unwrap_or_else(|error| panic!("the chains do not close: {error}"));
+    for state in &world.disks {
+        state.ledger.flushed(sent);
+    }
+    look(&sim, &world, seed, &mut outcome, false);
+    outcome.trace = sim.trace_hash();
+    outcome.requests = world.requests.get().into();
+    outcome.requests_in_jobs = world.requests_in_jobs.get().into();
+    outcome.jobs = world.jobs_ended.get().into();
+    outcome
+}
+
+fn start_tasks(world: &Rc<World>) {
+    let seed = world.plan.seed;
+    for index in 0..world.disks.len() {
+        let stream = |number: u64| Rng::new(seed ^ (number + 1) << 32 ^ (index as u64) << 48);
+        for number in 0..world.plan.depth {
+            world.spawn(guest::run(Rc::clone(world), index, stream(number.into())));
+        }
+        world.spawn(operator::run(Rc::clone(world), index, stream(100)));
+    }
+}
+
+/// Cuts the power of a copy of the world, in two ways, and judges what is left.
+fn look(sim: &Sim, world: &World, seed: u64, outcome: &mut Outcome, ask_peer: bool) {
+    for way in 0..2 {
+        let cut = seed.wrapping_mul(2).wrapping_add(way);
+        let fs = sim.fs().after_power_cut(cut);
+        if ask_peer && way == 0 {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let agreed = judge::peer_agrees(world, &fs, folder.path());
+            agreed.unwrap_or_else(|wrong| panic!("after power cut {cut}: {wrong}"));
+            outcome.peer += 1;
+        }
+        let judged = judge::power_cut(world, fs, cut);
+        judged.unwrap_or_else(|wrong| panic!("after power cut {cut}: {wrong}"));
+        outcome.cuts += 1;
+    }
+}

@@ -1,0 +1,263 @@
+//! A simulated machine with disks, guests and jobs, made from a seed.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use liveblk::engine::driver::sim::{Rng, Sim, SimConfig, SimFs};
+use liveblk::engine::executor::{Class, Core};
+use liveblk::engine::format::ReferencePolicy;
+use liveblk::engine::node::{NodeOptions, User};
+use liveblk::{Disk, Host, WriteFlags};
+
+use super::images::{Chain, Image, Qcow2, open_chain};
+use super::ledger::{Clock, Ledger, Window};
+use super::pattern::{self, BLOCK};
+
+/// What a seed decides before anything runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    /// Requests of all guests together.
+    pub(crate) requests: u32,
+    /// Requests in flight per disk.
+    pub(crate) depth: u32,
+    pub(crate) disks: Vec<DiskPlan>,
+    /// Power cuts that are looked at on the way: after how many requests, and steps after those.
+    pub(crate) cuts: Vec<(u32, u64)>,
+    /// Whether the file system becomes full for a while: after how many requests.
+    pub(crate) full_at: Option<u32>,
+}
+
+/// What a disk starts as.
+#[derive(Clone, Debug)]
+pub(crate) struct DiskPlan {
+    pub(crate) chain: Chain,
+    pub(crate) options: NodeOptions,
+}
+
+/// A result that must survive every cut from now on.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) image: Rc<Image>,
+    pub(crate) disk: usize,
+    pub(crate) window: Window,
+}
+
+/// A disk with its guest's view.
+pub(crate) struct DiskState {
+    pub(crate) disk: Disk,
+    pub(crate) ledger: Rc<Ledger>,
+    pub(crate) options: NodeOptions,
+    /// The chains one of which holds the disk now: two while a command is changing that.
+    pub(crate) active: RefCell<Vec<Chain>>,
+}
+
+/// Everything that tasks of a world share.
+pub(crate) struct World {
+    pub(crate) core: Core,
+    pub(crate) host: Host,
+    pub(crate) plan: Plan,
+    pub(crate) clock: Rc<Clock>,
+    pub(crate) disks: Vec<DiskState>,
+    pub(crate) kept: RefCell<Vec<Kept>>,
+    /// Images that exist and must be free of corruptions whenever the power is cut.
+    pub(crate) images: RefCell<Vec<Rc<Image>>>,
+    pub(crate) next_name: Cell<u32>,
+    pub(crate) requests: Cell<u32>,
+    pub(crate) requests_in_jobs: Cell<u32>,
+    pub(crate) jobs_running: Cell<u32>,
+    pub(crate) jobs_ended: Cell<u32>,
+    pub(crate) tasks: Cell<u32>,
+    /// Requests may fail for want of space.
+    pub(crate) is_full: Cell<bool>,
+}
+
+impl Plan {
+    /// The plan of `seed`.
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let requests = 300 + number(rng.below(100));
+        let disks = if rng.chance(300) { 2 } else { 1 };
+        let disks = (0..disks).map(|index| DiskPlan::random(&mut rng, index)).collect();
+        let cuts = 2 + rng.below(3);
+        let mut cuts: Vec<_> =
+            (0..cuts).map(|_| (number(rng.below(u64::from(requests))), rng.below(400))).collect();
+        cuts.sort_unstable();
+        let full = rng.chance(80).then(|| number(rng.below(250)));
+        Self { seed, requests, depth: number(rng.between(1, 8)), disks, cuts, full_at: full }
+    }
+}
+
+/// A small random number as the counters here hold it.
+fn number(value: u64) -> u32 {
+    u32::try_from(value).expect("invariant: small")
+}
+
+impl DiskPlan {
+    fn random(rng: &mut Rng, disk: usize) -> Self {
+        let largest = 1 << rng.between(8, 12);
+        let size = BLOCK as u64 * rng.between(largest / 2, largest);
+        let layers = rng.between(1, 3);
+        let mut chain = Chain::new();
+        for layer in 0..layers {
+            let raw = layer == 0 && rng.chance(if layers == 1 { 50 } else { 300 });
+            let qcow2 = (!raw).then(|| Qcow2::random(rng));
+            let shorter = layer + 1 < layers && rng.chance(100);
+            let size = if shorter { size / 2 / BLOCK as u64 * BLOCK as u64 } else { size };
+            let name = format!("disk{disk}-{layer}.img");
+            chain.push(Rc::new(Image { name, size, qcow2 }));
+        }
+        let options = NodeOptions {
+            discard_unmap: rng.chance(700),
+            direct: rng.chance(500),
+            no_flush: false,
+        };
+        Self { chain, options }
+    }
+
+    fn blocks(&self) -> usize {
+        let size = self.chain.last().expect("invariant: a chain has images").size;
+        usize::try_from(size).expect("invariant: small") / BLOCK
+    }
+
+    /// Makes the images and writes something into each layer, all durable.
+    async fn make(&self, core: Core, ledger: Rc<Ledger>, clock: Rc<Clock>, mut rng: Rng) {
+        let host = Host::on(&core, ReferencePolicy::Explicit);
+        for (index, image) in self.chain.iter().enumerate() {
+            let below = index.checked_sub(1).map(|below| &*self.chain[below]);
+            image.create(&core, below).await;
+            let spec = open_chain(&self.chain[..=index], &NodeOptions::default(), true);
+            let node = host.open(spec).await.expect("a new chain opens");
+            let disk = host.attach(&node).expect("a new chain is free");
+            let blocks = image.size / BLOCK as u64;
+            for _ in 0..rng.below(12) {
+                let first = rng.below(blocks);
+                let count = rng.between(1, (blocks - first).min(200));
+                write_for_sure(&disk, &ledger, &clock, first, count).await;
+            }
+            // A layer that ends early hides what the layers below have behind its end.
+            drop(disk);
+            host.close().await.expect("a new chain closes");
+            if (index + 1) < self.chain.len() && self.chain[index + 1].size > image.size {
+                let first = usize::try_from(blocks).expect("invariant: small");
+                let count = ledger.len() - first;
+                let id = ledger.begin(0, first, count);
+                ledger.end(id, true, true);
+            }
+        }
+    }
+}
+
+async fn write_for_sure(disk: &Disk, ledger: &Ledger, clock: &Clock, first: u64, count: u64) {
+    let value = clock.value();
+    let at = |blocks: u64| usize::try_from(blocks).expect("invariant: small");
+    let buf = disk.core().pool().alloc(at(count) * BLOCK);
+    pattern::fill(&buf, value, first);
+    let id = ledger.begin(value, at(first), at(count));
+    let written = disk.write(first * BLOCK as u64, buf, WriteFlags::default());
+    written.await.expect("a write to a new image");
+    ledger.end(id, true, true);
+}
+
+/// A world that is about to run.
+pub(crate) struct Start {
+    pub(crate) sim: Sim,
+    pub(crate) world: Rc<World>,
+}
+
+impl Start {
+    /// Makes the disks of `plan` and opens them.
+    pub(crate) fn new(plan: Plan) -> Self {
+        let clock = Rc::new(Clock::default());
+        let ledgers: Vec<_> =
+            plan.disks.iter().map(|disk| Ledger::new(&clock, disk.blocks())).collect();
+        let fs = Self::make_images(&plan, &clock, &ledgers);
+        let mut sim = Sim::with_fs(SimConfig::new(plan.seed), fs);
+        let setup = plan.clone();
+        let world = sim.block_on(0, |core| World::open(core, setup, clock, ledgers));
+        Self { sim, world }
+    }
+
+    fn make_images(plan: &Plan, clock: &Rc<Clock>, ledgers: &[Rc<Ledger>]) -> SimFs {
+        let mut sim = Sim::new(SimConfig::new(plan.seed).calm());
+        for (index, (disk, ledger)) in plan.disks.iter().zip(ledgers).enumerate() {
+            let rng = Rng::new(plan.seed ^ (index as u64 + 1) << 40);
+            let (disk, ledger, clock) = (disk.clone(), Rc::clone(ledger), Rc::clone(clock));
+            sim.block_on(0, |core| async move { disk.make(core, ledger, clock, rng).await });
+        }
+        sim.kill()
+    }
+}
+
+impl World {
+    async fn open(core: Core, plan: Plan, clock: Rc<Clock>, ledgers: Vec<Rc<Ledger>>) -> Rc<Self> {
+        let host = Host::on(&core, ReferencePolicy::Explicit);
+        let mut disks = Vec::new();
+        let mut images = Vec::new();
+        for (index, (disk, ledger)) in plan.disks.iter().zip(ledgers).enumerate() {
+            let spec = open_chain(&disk.chain, &disk.options, true);
+            let node = host.open(spec.named(&format!("disk{index}"))).await;
+            let node = node.expect("the chain opens");
+            let user = User::Guest { name: format!("guest{index}").into() };
+            let attached = Disk::attach(&node, user, true).expect("the disk is free");
+            images.extend(disk.chain.iter().cloned());
+            disks.push(DiskState {
+                disk: attached,
+                ledger,
+                options: disk.options.clone(),
+                active: RefCell::new(vec![disk.chain.clone()]),
+            });
+        }
+        Rc::new(Self {
+            core,
+            host,
+            plan,
+            clock,
+            disks,
+            kept: RefCell::default(),
+            images: RefCell::new(images),
+            next_name: Cell::new(0),
+            requests: Cell::new(0),
+            requests_in_jobs: Cell::new(0),
+            jobs_running: Cell::new(0),
+            jobs_ended: Cell::new(0),
+            tasks: Cell::new(0),
+            is_full: Cell::new(false),
+        })
+    }
+
+    /// Starts a task that the world waits for.
+    pub(crate) fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
+        let world = Rc::clone(self);
+        world.tasks.set(world.tasks.get() + 1);
+        drop(self.core.spawn(Class::Guest, async move {
+            task.await;
+            world.tasks.set(world.tasks.get() - 1);
+        }));
+    }
+
+    /// Takes one of the requests that are still to be made.
+    pub(crate) fn take_request(&self) -> bool {
+        let made = self.requests.get();
+        if made >= self.plan.requests {
+            return false;
+        }
+        self.requests.set(made + 1);
+        if self.jobs_running.get() > 0 {
+            self.requests_in_jobs.set(self.requests_in_jobs.get() + 1);
+        }
+        true
+    }
+
+    /// Whether all requests were made.
+    pub(crate) fn is_over(&self) -> bool {
+        self.requests.get() >= self.plan.requests
+    }
+
+    /// A name that nothing else has.
+    pub(crate) fn name(&self, what: &str) -> String {
+        let number = self.next_name.get();
+        self.next_name.set(number + 1);
+        format!("{what}{number}")
+    }
+}
