@@ -5,7 +5,7 @@
 //!     \__________\__ deadline, error, server stop: gone
 //! ```
 //! One task receives and starts requests, which are tasks of their own; another one sends. The
-//! receiving task stops reading when the connection's grants are used up, so a client that pipelines
+//! receiving task stops reading when the connection is out of grants, so a client that pipelines
 //! without end, or does not read, or whose disk is held by a cut, waits in its socket buffer.
 //!
 //! Order rule of the end: (1) no more requests start; (2) those in flight end and their replies
