@@ -16,6 +16,9 @@ use super::state::set_word;
 use crate::limits::{BACKING_NAME_MAX, L1_BYTES_MAX, TABLE_PIECE};
 use crate::reason::Reason;
 
+/// Images with clusters up to this size get no table of feature names, as the peer's.
+const FEATURE_NAMES_ABOVE: u64 = 4096;
+
 /// What a new image is like.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
@@ -129,7 +132,7 @@ fn first_cluster(
     let v3 = geometry.version == 3;
     let mut extensions = Extensions::default();
     let room = geometry.cluster() as usize;
-    if v3 {
+    if v3 && geometry.cluster() > FEATURE_NAMES_ABOVE {
         extensions.list.push(feature_name_table());
     }
     let (name, format) = options.backing.map_or((None, None), |b| (Some(b.file), b.format));
