@@ -23,7 +23,7 @@ use crate::job::Job;
 use crate::limits::BACKUP_GRANULE_MIN;
 use crate::manager::JobManager;
 use crate::spec::{BackupSpec, SyncMode};
-use crate::start::{HookSlot, Prepared, check_free, use_nodes};
+use crate::start::{Body, HookSlot, Prepared, check_free, use_nodes};
 use crate::txn::JobTxn;
 
 /// Starts a backup. When the future ends well, the point in time is in the past: every write
@@ -65,7 +65,7 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
     let hook: Rc<dyn WriteHook> = Rc::new(CopyBeforeWrite(Rc::clone(&copy)));
     let slot = HookSlot::new(&spec.source, hook);
     let inner = Rc::clone(&copy);
-    let body: LocalFuture<'static, Result<()>> = Box::pin(async move { run(inner, spec).await });
+    let body: Body = Box::pin(async move { run(inner, spec).await.map(|()| None) });
     Ok(Prepared { copy, slot, body })
 }
 

@@ -81,6 +81,11 @@ pub enum JobError {
         /// The mode, as in QMP.
         mode: &'static str,
     },
+    /// A mode that copies what a bitmap names, without one.
+    BitmapMissing {
+        /// The mode, as in QMP.
+        mode: &'static str,
+    },
     /// Source and target differ in size (mirror's text, found inside the job).
     SizesDiffer,
     /// Source and target differ in size (backup's text, found before the start).
@@ -164,6 +169,11 @@ pub enum SnapshotError {
         /// The name asked for.
         format: Box<str>,
     },
+    /// The format of a file to be created cannot refer to the node.
+    FormatWithoutBacking {
+        /// The format.
+        format: Box<str>,
+    },
     /// The file to be created exists and holds something.
     FileExists {
         /// Its path.
@@ -213,6 +223,9 @@ impl fmt::Display for JobError {
             Self::SyncModeUnsupported { mode } => {
                 write!(f, "Sync mode '{mode}' not supported")
             }
+            Self::BitmapMissing { mode } => {
+                write!(f, "must provide a valid bitmap name for '{mode}' sync mode")
+            }
             Self::SizesDiffer => f.write_str("Source and target image have different sizes"),
             Self::SizesDifferBytes { .. } => {
                 f.write_str("Source and target image have different sizes")
@@ -247,7 +260,10 @@ impl fmt::Display for SnapshotError {
             Self::OverlayInUse => f.write_str("The overlay is already in use"),
             Self::NameMissing => f.write_str("New overlay node-name missing"),
             Self::NameInUse { .. } => f.write_str("New overlay node-name already in use"),
-            Self::UnknownFormat { format } => write!(f, "Unknown driver '{format}'"),
+            Self::UnknownFormat { format } => write!(f, "Unknown file format '{format}'"),
+            Self::FormatWithoutBacking { format } => {
+                write!(f, "Backing file not supported for file format '{format}'")
+            }
             Self::FileExists { path } => write!(
                 f,
                 "Could not create '{path}': the file exists and is not empty \

@@ -12,13 +12,14 @@ use liveblk_engine::executor::Core;
 use liveblk_engine::executor::sync::{Either, Notify, select};
 use liveblk_engine::node::NodeId;
 
-use crate::error::{JobError, Result};
+use crate::error::JobError;
 use crate::event::{Action, BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind, Operation};
 use crate::lifecycle::{Ending, IoStatus, Life, Status};
 use crate::manager::JobManager;
 use crate::progress::Progress;
 use crate::rate::Rate;
 use crate::spec::{JobOptions, OnError};
+use crate::start::LastStep;
 use crate::txn::JobTxn;
 
 /// A job.
@@ -38,6 +39,10 @@ pub struct Job {
     nodes: Cell<Option<(NodeId, NodeId)>>,
     /// What the job owns until it is concluded.
     scope: RefCell<Vec<Box<dyn Any>>>,
+    /// What job-finalize has to do.
+    last_step: RefCell<Option<LastStep>>,
+    /// The result is effective: a cancel comes too late.
+    decided: Cell<bool>,
 }
 
 impl Job {
@@ -46,10 +51,11 @@ impl Job {
         kind: Kind,
         options: JobOptions,
         txn: &Rc<JobTxn>,
-    ) -> Result<Rc<Self>> {
-        let speed = options.checked_speed()?;
+    ) -> Rc<Self> {
+        // A negative speed is refused right after the job was announced, as the peer does.
+        let speed = options.checked_speed().unwrap_or(0);
         let core = manager.core().clone();
-        Ok(Rc::new(Self {
+        Rc::new(Self {
             id: options.id.as_str().into(),
             kind,
             manager: Rc::downgrade(manager),
@@ -62,9 +68,11 @@ impl Job {
             busy: Cell::new(false),
             nodes: Cell::new(None),
             scope: RefCell::default(),
+            last_step: RefCell::new(None),
+            decided: Cell::new(false),
             options,
             core,
-        }))
+        })
     }
 
     /// The id.
@@ -118,7 +126,7 @@ impl Job {
 
     /// Whether a forced end was asked for: nothing may be waited for any more.
     pub(crate) fn is_forced(&self) -> bool {
-        self.ending() == Ending::Force
+        self.ending() == Ending::Force && !self.decided.get()
     }
 
     pub(crate) fn wants_pause(&self) -> bool {
@@ -203,6 +211,9 @@ impl Job {
             OnError::Enospc | OnError::Auto if no_space => Action::Stop,
             OnError::Enospc | OnError::Auto => Action::Report,
         };
+        // A job whose work is over has no state to pause in.
+        let over = self.status().is_completed();
+        let action = if over && action == Action::Stop { Action::Report } else { action };
         tracing::warn!(job = %self.id, operation = operation.name(), action = action.name(),
             %error, "a copy failed");
         // One announcement per stop: copies that were in flight fail with the first one.
@@ -223,6 +234,27 @@ impl Job {
         self.emit(Event::Error { id: Rc::clone(&self.id), operation, action });
     }
 
+    /// The result is effective (guests moved, or the copy is complete): no cancel undoes it.
+    pub(crate) fn decide(&self) {
+        self.decided.set(true);
+    }
+
+    pub(crate) fn is_decided(&self) -> bool {
+        self.decided.get()
+    }
+
+    pub(crate) fn set_last_step(&self, step: LastStep) {
+        self.last_step.replace(Some(step));
+    }
+
+    pub(crate) fn has_last_step(&self) -> bool {
+        self.last_step.borrow().is_some()
+    }
+
+    pub(crate) fn take_last_step(&self) -> Option<LastStep> {
+        self.last_step.take()
+    }
+
     /// Keeps `resources` until the job is concluded.
     pub(crate) fn keep(&self, resources: Box<dyn Any>) {
         self.scope.borrow_mut().push(resources);
@@ -230,8 +262,8 @@ impl Job {
 
     /// Gives back what the job has: the end of its scope.
     pub(crate) fn release(&self) {
-        let scope = self.scope.take();
-        drop(scope);
+        let parts = (self.last_step.take(), self.scope.take());
+        drop(parts);
     }
 
     /// Remembers which nodes the job works on.
@@ -294,7 +326,9 @@ impl Job {
         BlockJobInfo {
             facts: self.facts(),
             busy: self.busy.get(),
-            paused: life.wants_pause(),
+            // A pending mirror shows as paused, as the peer's does.
+            paused: life.wants_pause()
+                || (self.kind == Kind::Mirror && life.status() == Status::Pending),
             io_status: life.io_status(),
             ready: matches!(life.status(), Status::Ready | Status::Standby),
             status: life.status(),

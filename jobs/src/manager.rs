@@ -9,8 +9,8 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use liveblk_engine::executor::Core;
 use liveblk_engine::executor::sync::Notify;
+use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::node::NodeId;
 
 use crate::error::{JobError, Result};
@@ -88,10 +88,14 @@ impl JobManager {
         txn: &Rc<JobTxn>,
     ) -> Result<Rc<Job>> {
         self.check_new(&options.id)?;
-        let job = Job::new(self, kind, options, txn)?;
+        let job = Job::new(self, kind, options, txn);
         txn.add(&job);
         self.jobs.borrow_mut().push(Rc::clone(&job));
         job.enter(Status::Created);
+        if let Err(error) = job.options().checked_speed() {
+            self.withdraw(&job);
+            return Err(error);
+        }
         Ok(job)
     }
 
@@ -223,6 +227,7 @@ impl JobManager {
     fn act(&self, job: &Rc<Job>, effect: Effect) {
         match effect {
             Effect::Wake => job.changed().notify_all(),
+            Effect::AbortFinished if job.is_decided() => {}
             Effect::AbortFinished => self.abort(job, JobError::Cancelled),
             Effect::Finalize => self.finalize(job.txn()),
             Effect::Dismiss => self.dismiss(job),
@@ -261,7 +266,28 @@ impl JobManager {
         }
     }
 
+    /// Makes the results effective, if that is still to be done, and ends the jobs.
     fn finalize(&self, txn: &Rc<JobTxn>) {
+        if !txn.members().iter().any(|job| job.has_last_step()) {
+            return self.end_well(txn);
+        }
+        let (manager, txn) = (Self::of(&self.core), Rc::clone(txn));
+        drop(self.core.spawn(Class::Background, async move {
+            for job in txn.members() {
+                let Some(step) = job.take_last_step() else { continue };
+                let result = step.await;
+                if job.status() != Status::Pending {
+                    return;
+                }
+                if let Err(error) = result {
+                    return manager.abort(&job, error);
+                }
+            }
+            manager.end_well(&txn);
+        }));
+    }
+
+    fn end_well(&self, txn: &Rc<JobTxn>) {
         for job in txn.members() {
             job.release();
             job.emit(Event::Completed { facts: job.facts(), error: None });

@@ -26,7 +26,7 @@ use crate::lifecycle::Ending;
 use crate::limits::{CUT_WAIT_NS, PIVOT_BYTES, PIVOT_BYTES_MAX, PIVOT_PATIENCE_NS};
 use crate::manager::JobManager;
 use crate::spec::{MirrorSpec, SyncMode};
-use crate::start::{HookSlot, Prepared, check_free, use_nodes};
+use crate::start::{Body, HookSlot, LastStep, Prepared, check_free, use_nodes};
 use crate::txn::JobTxn;
 
 /// Starts a mirror.
@@ -62,8 +62,8 @@ fn prepare(spec: MirrorSpec) -> Result<Prepared> {
     });
     let hook: Rc<dyn WriteHook> = Rc::new(MarkDirty(Rc::clone(&copy)));
     let slot = HookSlot::new(&spec.source, hook);
-    let mirror = Mirror { copy: Rc::clone(&copy), slot: Rc::clone(&slot), spec };
-    let body: LocalFuture<'static, Result<()>> = Box::pin(async move { mirror.run().await });
+    let mirror = Rc::new(Mirror { copy: Rc::clone(&copy), slot: Rc::clone(&slot), spec });
+    let body: Body = Box::pin(async move { mirror.run().await });
     Ok(Prepared { copy, slot, body })
 }
 
@@ -89,7 +89,7 @@ struct Mirror {
 }
 
 impl Mirror {
-    async fn run(&self) -> Result<()> {
+    async fn run(self: Rc<Self>) -> Result<Option<LastStep>> {
         let (source, target) = (self.spec.source.size(), self.spec.target.size());
         let fits = target == source || (self.spec.allow_larger_target && target > source);
         if !fits {
@@ -103,7 +103,14 @@ impl Mirror {
         }
         self.catch_up().await?;
         self.copy.job().become_ready();
-        self.follow().await
+        self.follow().await?;
+        if self.spec.job.auto_finalize {
+            self.end().await?;
+            return Ok(None);
+        }
+        // The guest goes on and its writes are marked; job-finalize copies them and ends.
+        self.copy.job().set_busy(false);
+        Ok(Some(Box::pin(async move { self.end().await })))
     }
 
     /// Brings the target up to the source once, durably.
@@ -119,7 +126,7 @@ impl Mirror {
         }
     }
 
-    /// Follows the source until told to end, and ends.
+    /// Follows the source until told to end.
     async fn follow(&self) -> Result<()> {
         let job = self.copy.job();
         loop {
@@ -127,16 +134,24 @@ impl Mirror {
             self.copy.check()?;
             let ending = job.ending();
             if ending != Ending::None && !job.wants_pause() {
-                self.copy_until_little().await?;
-                if self.finish(job.ending()).await? {
-                    return Ok(());
-                }
-            } else if job.wants_pause() || !self.copy.is_clean() {
+                return Ok(());
+            }
+            if job.wants_pause() || !self.copy.is_clean() {
                 job.set_busy(true);
                 self.copy.run_while(|| job.ending() == Ending::None).await?;
             } else {
                 job.set_busy(false);
                 changed.await;
+            }
+        }
+    }
+
+    /// Ends as it was told to.
+    async fn end(&self) -> Result<()> {
+        loop {
+            self.copy_until_little().await?;
+            if self.finish(self.copy.job().ending()).await? {
+                return Ok(());
             }
         }
     }
@@ -170,7 +185,11 @@ impl Mirror {
                 return;
             }
             slot.remove();
-            if ending == Ending::Complete && !copy.is_dead() {
+            if copy.is_dead() {
+                return;
+            }
+            copy.job().decide();
+            if ending == Ending::Complete {
                 graph.repoint(copy.source().id(), copy.target().id());
             }
         };
@@ -183,7 +202,7 @@ impl Mirror {
         let cut = cut(job.core(), vec![part], CUT_WAIT_NS);
         match job.unless_dead(cut, || self.copy.is_dead()).await {
             None => self.copy.check().and(Err(JobError::Cancelled)),
-            Some(Ok(())) => Ok(true),
+            Some(Ok(())) => self.copy.check().map(|()| true),
             Some(Err(error)) => {
                 let (operation, error) =
                     self.copy.take_pass_failure().unwrap_or((Operation::Read, error));

@@ -237,6 +237,10 @@ impl NewFile {
         let driver = Graph::of(core).config().formats.find(&spec.format).ok_or_else(|| {
             JobError::from(SnapshotError::UnknownFormat { format: spec.format.as_str().into() })
         })?;
+        if !driver.supports_backing() {
+            let format = spec.format.as_str().into();
+            return Err(SnapshotError::FormatWithoutBacking { format }.into());
+        }
         let path = spec.file.clone();
         let state = match storage::stat(core, &path).await {
             Ok(facts) if facts.size > 0 || facts.block_device => {

@@ -182,7 +182,7 @@ impl BackupSpec {
             return Err(JobError::SameNode { verb: "backup" });
         }
         if matches!(self.sync, SyncMode::Incremental | SyncMode::Bitmap) {
-            return Err(JobError::NotYet { what: "Backup with a bitmap" });
+            return Err(JobError::BitmapMissing { mode: self.sync.name() });
         }
         Ok(())
     }

@@ -32,8 +32,14 @@ pub(crate) struct HookSlot {
 pub(crate) struct Prepared {
     pub(crate) copy: Rc<Copy>,
     pub(crate) slot: Rc<HookSlot>,
-    pub(crate) body: LocalFuture<'static, Result<()>>,
+    pub(crate) body: Body,
 }
+
+/// The work of a job. It may leave a last step for job-finalize.
+pub(crate) type Body = LocalFuture<'static, Result<Option<LastStep>>>;
+
+/// What makes the result of a job effective when it is finalized by hand.
+pub(crate) type LastStep = LocalFuture<'static, Result<()>>;
 
 impl HookSlot {
     pub(crate) fn new(node: &Rc<Node>, hook: Rc<dyn WriteHook>) -> Rc<Self> {
@@ -125,12 +131,38 @@ async fn drive(prepared: Prepared) {
     let Prepared { copy, slot, body } = prepared;
     job.enter(Status::Running);
     job.set_busy(true);
-    let result = body.await;
-    let result = if job.is_forced() { Err(JobError::Cancelled) } else { result };
-    copy.kill();
-    slot.remove_in_cut().await;
+    let result = match body.await {
+        _ if job.is_forced() => Err(JobError::Cancelled),
+        Ok(Some(step)) => {
+            // The hook stays until the step was done or the job is cancelled.
+            job.keep(Box::new(Cleanup { copy: Rc::clone(&copy), slot: Rc::clone(&slot) }));
+            job.set_last_step(step);
+            Ok(())
+        }
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    if !job.has_last_step() {
+        copy.kill();
+        slot.remove_in_cut().await;
+    }
     if let Some(manager) = job.manager() {
         manager.body_ended(&job, result);
+    }
+}
+
+/// Ends the copies and takes the hook out when the scope of the job ends.
+struct Cleanup {
+    copy: Rc<Copy>,
+    slot: Rc<HookSlot>,
+}
+
+impl Drop for Cleanup {
+    fn drop(&mut self) {
+        self.copy.kill();
+        let slot = Rc::clone(&self.slot);
+        let core = slot.node.core().clone();
+        drop(core.spawn(Class::Background, async move { slot.remove_in_cut().await }));
     }
 }
 

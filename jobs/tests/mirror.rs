@@ -356,3 +356,44 @@ fn a_rate_limit_bounds_the_copy_and_can_be_lifted() {
         manager.cancel_all().await;
     });
 }
+
+#[test]
+fn manual_finalize_keeps_the_guest_going_until_the_pivot_and_can_be_cancelled() {
+    for cancel in [false, true] {
+        let mut sim = world(160);
+        let first = filled(SIZE);
+        sim.fs().create("/d", &first);
+        sim.fs().create("/t", &vec![0; SIZE as usize]);
+        sim.block_on(0, |core| async move {
+            let events = Events::of(&core);
+            let (d, t) = (node(&core, "d", "/d").await, node(&core, "t", "/t").await);
+            let (log, guest) = (Log::new(), disk(&d));
+            let guests = log.guests(&core, 0, &guest, 3);
+            let manager = JobManager::of(&core);
+            let mut manual = spec("j", &d, &t);
+            manual.job.auto_finalize = false;
+            manual.job.auto_dismiss = false;
+            start_mirror(manual).await.expect("it starts");
+            ready(&core, "j").await;
+            manager.block_job_verb("j", Verb::Complete, false).expect("completes");
+            manager.until("j", |status| status == Status::Pending).await;
+            core.sleep(5_000_000).await;
+            assert_eq!(&*guest.node_name(), "d", "no pivot before it is finalized");
+            let verb = if cancel { Verb::Cancel } else { Verb::Finalize };
+            manager.block_job_verb("j", verb, true).expect("is accepted");
+            manager.until("j", |status| status == Status::Concluded).await;
+            assert_eq!(&*guest.node_name(), if cancel { "d" } else { "t" });
+            core.sleep(1_000_000).await;
+            guests.stop().await;
+            let live = content(&guest.node()).await;
+            assert_eq!(first_difference(&live, &log.model(0, &first)), None);
+            assert_eq!(log.failures.get(), 0);
+            manager.job_verb("j", Verb::Dismiss).expect("is concluded");
+            let words = events.words();
+            let end = if cancel { ["aborting", "CANCELLED"] } else { ["PENDING", "COMPLETED"] };
+            let at = words.len() - 4;
+            assert_eq!(words[at..at + 2], end, "{words:?}");
+            assert_eq!(if cancel { &d } else { &t }.users().len(), 1);
+        });
+    }
+}

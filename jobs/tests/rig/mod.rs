@@ -1,6 +1,6 @@
 //! What the tests of jobs share: disks on the simulator, guests that log what they write, proofs
 //! of what a copy holds.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part")]
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -104,9 +104,9 @@ impl Log {
 
     pub async fn write_one(&self, core: &Core, index: usize, disk: &Disk, first: u64, count: u64) {
         let at = first + core.random() % count;
-        let longest = if core.random() % 8 == 0 { 300 } else { 24 };
+        let longest = if core.random().is_multiple_of(8) { 300 } else { 24 };
         let sectors = (1 + core.random() % longest).min(first + count - at);
-        let zero = core.random() % 6 == 0;
+        let zero = core.random().is_multiple_of(6);
         self.write(core, index, disk, at, sectors, zero).await;
     }
 
@@ -127,12 +127,13 @@ impl Log {
             Write { disk: index, sequence, first: at, sectors, zero, issued, answered: u64::MAX };
         self.writes.borrow_mut().push(write);
         let receipt = if zero {
-            let flags = ZeroFlags { may_unmap: core.random() % 2 == 0, ..ZeroFlags::default() };
+            let flags =
+                ZeroFlags { may_unmap: core.random().is_multiple_of(2), ..ZeroFlags::default() };
             disk.write_zeroes(at * SECTOR, sectors * SECTOR, flags)
         } else {
             let buf = core.pool().alloc((sectors * SECTOR) as usize);
             buf.copy_from(0, &stamp(sequence).repeat(sectors as usize));
-            disk.write(at * SECTOR, buf, WriteFlags { fua: core.random() % 16 == 0 })
+            disk.write(at * SECTOR, buf, WriteFlags { fua: core.random().is_multiple_of(16) })
         };
         if receipt.await.is_err() {
             self.failures.set(self.failures.get() + 1);
