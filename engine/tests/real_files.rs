@@ -136,3 +136,17 @@ fn a_second_writer_of_a_file_is_refused_by_name() {
         assert_eq!(graph.nodes().len(), 1);
     });
 }
+
+#[test]
+fn a_removed_node_gives_up_its_locks_at_once() {
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let path = file(&dir, "disk", 4096);
+    run(move |core| async move {
+        let graph = Graph::of(&core);
+        let first = graph.open(OpenNode::new("file", path.clone()).named("one")).await.unwrap();
+        graph.remove(&first).await.unwrap();
+        let second = graph.open(OpenNode::new("file", path).named("two")).await;
+        assert!(second.is_ok(), "{second:?}");
+        drop(first);
+    });
+}

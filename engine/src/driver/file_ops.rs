@@ -268,8 +268,7 @@ fn open_lock(path: &Path, identity: (u64, u64)) -> Answer {
     Ok((0, FsOutcome::Opened(handle, FileFacts::default())))
 }
 
-/// Takes what `new` has beyond `old`, looks for conflicts, then gives back what is no longer
-/// needed;
+/// Takes what `new` has beyond `old`, looks for conflicts, then gives back what nobody needs;
 /// on a conflict everything is as before.
 fn change_locks(fd: RawFd, old: LockSpec, new: LockSpec) -> Answer {
     let added = LockSpec { used: new.used & !old.used, unshared: new.unshared & !old.unshared };

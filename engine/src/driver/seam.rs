@@ -67,8 +67,8 @@ pub(crate) struct OpenSpec {
     pub(crate) beneath: Option<PathBuf>,
 }
 
-/// What OFD locks to take on a file: bit i of `used`/`unshared` is permission i of contract.md
-/// §3.6.
+/// What OFD locks to take on a file: bit i of `used`/`unshared` is permission i of QEMU
+/// (include/block/block-common.h).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LockSpec {
     pub(crate) used: u8,

@@ -193,6 +193,11 @@ impl Graph {
             node.gate().idle().await;
             let closed = node.format().close().await;
             result = result.and(closed.map_err(|error| error.on(&node.name())));
+            if node.driver() == "file" {
+                // Whoever still holds the node object must not keep others from the file.
+                let unlocked = node.unlock_file().await;
+                result = result.and(unlocked);
+            }
             drop(self.nodes.borrow_mut().remove(&node.id()));
             let (file, backing) = node.take_children();
             let orphans = [file, backing].into_iter().flatten();

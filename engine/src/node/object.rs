@@ -243,6 +243,14 @@ impl Node {
         Ok(())
     }
 
+    /// Gives up the locks on the file of a protocol node that is being closed.
+    pub(crate) async fn unlock_file(&self) -> Result<()> {
+        match self.format.data_storage() {
+            Storage::File(file) => file.lock(LockRequest::None).await,
+            Storage::Memory(_) => Ok(()),
+        }
+    }
+
     async fn lock_file(&self, write: bool) -> Result<()> {
         let Storage::File(file) = self.format.data_storage() else { return Ok(()) };
         if write && !file.is_writable() {
