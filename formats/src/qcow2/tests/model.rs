@@ -22,6 +22,8 @@ const TASKS: u64 = 3;
 /// A value that a sector may hold, in the order of writing.
 #[derive(Clone, Copy, Debug)]
 struct Version {
+    /// Zeroes occur often: what tells versions apart is their number.
+    id: u64,
     value: u64,
     complete: bool,
     /// A discard: the value before it stays possible.
@@ -59,6 +61,7 @@ fn value_of(sector: &[u8]) -> u64 {
 impl Model {
     fn new(sectors: u64, below: bool) -> Self {
         let initial = |sector| Version {
+            id: 0,
             value: if below { below_value(sector) } else { 0 },
             complete: true,
             maybe: false,
@@ -67,8 +70,10 @@ impl Model {
     }
 
     fn begin(&mut self, first: u64, count: u64, value: u64, maybe: bool) {
+        self.next += 1;
+        let id = self.next;
         for sector in first..first + count {
-            self.sectors[sector as usize].push(Version { value, complete: false, maybe });
+            self.sectors[sector as usize].push(Version { id, value, complete: false, maybe });
         }
     }
 
@@ -78,16 +83,16 @@ impl Model {
         }
     }
 
-    /// The index of the oldest value that a flush that begins now leaves possible.
-    fn floors(&self) -> Vec<usize> {
-        let sure = |version: &Version| version.complete && !version.maybe;
-        self.sectors.iter().map(|s| s.iter().rposition(sure).unwrap()).collect()
+    /// The oldest version that a flush that begins now leaves possible, per sector.
+    fn floors(&self) -> Vec<u64> {
+        let sure = |version: &&Version| version.complete && !version.maybe;
+        self.sectors.iter().map(|s| s.iter().rfind(sure).unwrap().id).collect()
     }
 
-    fn flushed(&mut self, floors: &[(u64, usize)]) {
-        for (sector, (value, _)) in self.sectors.iter_mut().zip(floors) {
-            let at = sector.iter().position(|version| version.value == *value && !version.maybe);
-            if let Some(at) = at {
+    /// A flush that began at `floors` has ended; a later one may have ended before it.
+    fn flushed(&mut self, floors: &[u64]) {
+        for (sector, id) in self.sectors.iter_mut().zip(floors) {
+            if let Some(at) = sector.iter().position(|version| version.id == *id) {
                 sector.drain(..at);
             }
         }
@@ -144,18 +149,13 @@ impl Work {
     }
 
     async fn zero(&self, first: u64, count: u64, mode: ZeroMode) {
-        // Zeroes are not unique as values of writes are: a marker keeps versions apart.
         self.model.borrow_mut().begin(first, count, 0, mode == ZeroMode::Discard);
         self.disk.zero(first * SECTOR, count * SECTOR, mode).await.expect("zeroes succeed");
         self.model.borrow_mut().end(first, count);
     }
 
     async fn flush(&self) {
-        let floors: Vec<(u64, usize)> = {
-            let model = self.model.borrow();
-            let floors = model.floors();
-            floors.iter().zip(&model.sectors).map(|(at, s)| (s[*at].value, *at)).collect()
-        };
+        let floors = self.model.borrow().floors();
         self.disk.format.flush().await.expect("flushes succeed");
         self.model.borrow_mut().flushed(&floors);
     }
@@ -211,7 +211,7 @@ async fn verify(core: Core, model: Rc<RefCell<Model>>, below: bool, clean: bool)
                 versions.iter().any(|version| version.value == value),
                 "sector {sector}: {value:#x} not in {versions:x?}"
             );
-            *versions = vec![Version { value, complete: true, maybe: false }];
+            *versions = vec![Version { id: 0, value, complete: true, maybe: false }];
         }
     }
 }
