@@ -47,7 +47,7 @@ pub const CUT_WAIT_NS: u64 = 30_000_000_000;
 pub const PIVOT_BYTES: u64 = 1 << 20;
 
 /// See [`PIVOT_BYTES`].
-pub const PIVOT_PATIENCE_NS: u64 = 200_000_000;
+pub const PIVOT_PATIENCE_NS: u64 = 50_000_000;
 
 /// Tries of the steps that finish a transaction after its decision.
 pub const FINISH_TRIES: u32 = 5;

@@ -122,7 +122,8 @@ pub struct MirrorSpec {
     pub sync: SyncMode,
     /// When guest writes are copied.
     pub copy_mode: CopyMode,
-    /// Bytes per dirty bit; default: the target's cluster size within 4 KiB to 64 KiB.
+    /// Bytes per dirty bit; default: the target's cluster size within 4 KiB to 64 KiB,
+    /// 64 KiB if it has none.
     pub granularity: Option<u64>,
     /// Accept a larger target; its tail then reads zero.
     pub allow_larger_target: bool,
@@ -150,7 +151,10 @@ impl MirrorSpec {
     /// What cannot work, in the peer's order.
     pub(crate) fn check(&self) -> Result<u64> {
         let granularity = match self.granularity {
-            None | Some(0) => self.target.cluster_size().clamp(4096, 65536),
+            None | Some(0) => match self.target.cluster_size() {
+                0 | 1 => 65536,
+                bytes => bytes.clamp(4096, 65536),
+            },
             Some(bytes) if !(512..=64 << 20).contains(&bytes) => {
                 return Err(JobError::BadGranularity { rule: GranularityRule::Range });
             }

@@ -72,6 +72,7 @@ impl HookSlot {
                 let part = cut_of(&slot.node, Swap::Local(Box::new(move |_| inner.remove())));
                 if let Err(error) = cut(slot.node.core(), vec![part], CUT_WAIT_NS).await {
                     tracing::warn!(%error, "the hook of an ended job is still in place");
+                    slot.node.core().sleep(UNHOOK_WAIT_NS).await;
                 }
             }
         });

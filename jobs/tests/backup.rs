@@ -405,3 +405,36 @@ fn bad_requests_are_refused_with_the_peers_texts_and_leave_nothing() {
 fn libc_eio() -> i32 {
     5
 }
+
+#[test]
+fn a_cut_of_the_source_in_the_middle_of_a_backup_is_short() {
+    use liveblk_engine::graph::{CutPart, Swap, cut};
+    for seed in 0..30 {
+        let mut sim = quick_world(1100 + seed);
+        let first = filled(SIZE);
+        sim.fs().create("/d", &first);
+        sim.fs().create("/t", &vec![0; SIZE as usize]);
+        sim.block_on(0, |core| async move {
+            let (d, t) = (node(&core, "d", "/d").await, node(&core, "t", "/t").await);
+            let (log, guest) = (Log::new(), disk(&d));
+            let guests = log.guests(&core, 0, &guest, 8);
+            let from = core.now();
+            start_backup(spec("j", &d, &t)).await.expect("it starts");
+            let to = core.now();
+            while JobManager::of(&core).find("j").is_some() {
+                let part = CutPart {
+                    core: core.id(),
+                    nodes: vec![d.id()],
+                    before_swap: None,
+                    swap: Swap::Local(Box::new(|_| {})),
+                };
+                let asked = core.now();
+                cut(&core, vec![part], 10_000_000_000).await.expect("it drains");
+                assert!(core.now() - asked < 500_000_000, "{} ns", core.now() - asked);
+                core.sleep(50_000).await;
+            }
+            guests.stop().await;
+            log.prove_instant(&[(0, &first, &content(&t).await)], from, to);
+        });
+    }
+}

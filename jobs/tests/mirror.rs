@@ -397,3 +397,28 @@ fn manual_finalize_keeps_the_guest_going_until_the_pivot_and_can_be_cancelled() 
         });
     }
 }
+
+#[test]
+fn a_pivot_never_waits_for_a_copy_that_waits_at_its_gate() {
+    // The pivot begins while copies are about to start; writes keep them coming.
+    for seed in 0..8 {
+        let mut sim = quick_world(1000 + seed);
+        let first = filled(SIZE);
+        sim.fs().create("/d", &first);
+        sim.fs().create("/t", &vec![0; SIZE as usize]);
+        sim.block_on(0, |core| async move {
+            let (d, t) = (node(&core, "d", "/d").await, node(&core, "t", "/t").await);
+            let (log, guest) = (Log::new(), disk(&d));
+            let guests = log.guests(&core, 0, &guest, 6);
+            start_mirror(spec("j", &d, &t)).await.expect("it starts");
+            ready(&core, "j").await;
+            core.sleep(seed * 50_000).await;
+            let asked = core.now();
+            JobManager::of(&core).job_verb("j", Verb::Complete).expect("completes");
+            gone(&core, "j").await;
+            assert!(core.now() - asked < 2_000_000_000, "{} ns", core.now() - asked);
+            guests.stop().await;
+            assert_eq!(first_difference(&content(&t).await, &log.model(0, &first)), None);
+        });
+    }
+}

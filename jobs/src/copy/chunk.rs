@@ -76,7 +76,9 @@ impl Copy {
         }
         let len = usize::try_from(piece.len).expect("invariant: a piece fits into memory");
         let bytes = self.job.core().pool().alloc(len);
-        let read = self.source.read(piece.start.bytes(), bytes.clone(), self.origin_of(run));
+        // Never at the gate: a guest that was admitted, or the last pass behind closed gates, may
+        // wait for this read. What it reads is stable (backup) or marked dirty again (mirror).
+        let read = self.source.read(piece.start.bytes(), bytes.clone(), Origin::Derived);
         match read.await {
             Ok(()) if self.is_dead() => None,
             Ok(()) => Some(bytes),

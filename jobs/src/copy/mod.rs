@@ -9,6 +9,9 @@
 //!    waiting guests go); 5. write the target; 6. on a failed read: set the bits again before the
 //!    region is free; on a failed write: keep the bytes and write again, or fail the job.
 //!
+//! Reads of the source pass its gate, because somebody whom a drain waits for may wait for them.
+//! Writes to the target wait at the target's gate, except those that a guest or a cut waits for.
+//!
 //! A copy in flight is a task of its own that holds the use of the target: when the job is forced
 //! to end nobody waits for it, and the target stays in use until it has ended.
 
