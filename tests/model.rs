@@ -24,6 +24,8 @@ mod operator;
 mod pattern;
 #[path = "model/run.rs"]
 mod run;
+#[path = "model/together.rs"]
+mod together;
 #[path = "model/world.rs"]
 mod world;
 

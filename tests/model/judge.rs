@@ -13,8 +13,9 @@ use liveblk::formats::qcow2::check;
 use liveblk::{Host, WriteFlags};
 
 use super::images::{Chain, Image, open_chain};
+use super::ledger::Window;
 use super::pattern::{self, BLOCK, Value};
-use super::world::{DiskState, World};
+use super::world::{DiskState, Kept, World};
 
 /// Judges the file system `fs`; `seed` decides what the world does that looks at it.
 pub(crate) fn power_cut(world: &World, fs: SimFs, seed: u64) -> Result<(), String> {
@@ -27,20 +28,43 @@ pub(crate) fn power_cut(world: &World, fs: SimFs, seed: u64) -> Result<(), Strin
         }
     }
     for kept in world.kept.borrow().iter() {
-        let name = &kept.image.name;
-        let values = read_chain(&mut sim, &vec![Rc::clone(&kept.image)])
-            .map_err(|why| format!("{name} was complete: {why}"))?;
-        let ledger = &world.disks[kept.disk].ledger;
-        let moment = ledger.point_in_time(&values, kept.window);
-        moment
-            .and_then(|moment| ledger.not_before(&values, moment, kept.window.to))
-            .map_err(|why| format!("{name} was complete: {why}"))?;
+        let judged = kept_is_there(&mut sim, world, kept);
+        judged.map_err(|why| format!("{:?} was complete: {why}", names(kept)))?;
     }
     let images = world.images.borrow().clone();
     for image in images.iter().filter(|image| image.qcow2.is_some()) {
         check_image(&mut sim, image)?;
     }
     Ok(())
+}
+
+fn names(kept: &Kept) -> Vec<&str> {
+    let chains = kept.parts.iter().map(|(_, chain)| chain);
+    chains.filter_map(|chain| chain.last()).map(|image| image.name.as_str()).collect()
+}
+
+fn kept_is_there(sim: &mut Sim, world: &World, kept: &Kept) -> Result<(), String> {
+    let mut parts = Vec::new();
+    for (disk, chain) in &kept.parts {
+        parts.push((*disk, read_chain(sim, chain)?));
+    }
+    one_moment(world, &parts, kept.window)
+}
+
+/// Judges images of disks that must all be of one moment within `window`.
+pub(crate) fn one_moment(
+    world: &World,
+    parts: &[(usize, Vec<Value>)],
+    window: Window,
+) -> Result<(), String> {
+    let ledger = |disk: usize| &world.disks[disk].ledger;
+    let mut moment = window.from;
+    for (disk, values) in parts {
+        moment = moment.max(ledger(*disk).point_in_time(values, window)?);
+    }
+    let mut judged =
+        parts.iter().map(|(disk, values)| ledger(*disk).not_before(values, moment, window.to));
+    judged.find(Result::is_err).unwrap_or(Ok(()))
 }
 
 /// The chain that holds the disk after a cut; fails if none of those that may does.
@@ -138,7 +162,8 @@ pub(crate) fn peer_agrees(world: &World, fs: &SimFs, folder: &Path) -> Result<()
         fs.export(image.path(), &target).map_err(|error| format!("{}: {error}", image.name))?;
     }
     for image in world.images.borrow().iter().filter(|image| image.qcow2.is_some()) {
-        let out = peer(folder, &["check", "-f", "qcow2", &image.name])?;
+        let alone = peer_name(std::slice::from_ref(image));
+        let out = peer(folder, &["check", &alone])?;
         // 3: leaks, which are allowed.
         if !matches!(out.status.code(), Some(0 | 3)) {
             return Err(format!("qemu-img check {}: {}", image.name, told(&out)));
@@ -150,7 +175,7 @@ pub(crate) fn peer_agrees(world: &World, fs: &SimFs, folder: &Path) -> Result<()
         let ours = read_chain(&mut sim, &chain)?;
         let top = chain.last().expect("invariant: a chain has images");
         let raw = folder.join("disk.raw");
-        let args = ["convert", "-f", top.driver(), "-O", "raw", &top.name, "disk.raw"];
+        let args = ["convert", "-O", "raw", &peer_name(&chain), "disk.raw"];
         let out = peer(folder, &args)?;
         if !out.status.success() {
             return Err(format!("qemu-img convert {}: {}", top.name, told(&out)));
@@ -161,6 +186,19 @@ pub(crate) fn peer_agrees(world: &World, fs: &SimFs, folder: &Path) -> Result<()
         }
     }
     Ok(())
+}
+
+/// A chain as the peer is told it, without a look at the headers' references.
+fn peer_name(chain: &[Rc<Image>]) -> String {
+    let mut below = "null".to_owned();
+    for image in chain {
+        let (driver, name) = (image.driver(), &image.name);
+        let backing =
+            if driver == "raw" { String::new() } else { format!(r#","backing":{below}"#) };
+        let file = format!(r#"{{"driver":"file","filename":"{name}"}}"#);
+        below = format!(r#"{{"driver":"{driver}","file":{file}{backing}}}"#);
+    }
+    format!("json:{below}")
 }
 
 fn peer(folder: &Path, args: &[&str]) -> Result<std::process::Output, String> {

@@ -249,23 +249,6 @@ impl Ledger {
         let floor = self.floor(block, window.from);
         self.earliest(block, value, floor, window.to).is_some()
     }
-
-    /// What the disk is known to hold when nothing is in flight; `None` per block if unknown.
-    pub(crate) fn settled(&self) -> Vec<Option<Value>> {
-        let now = self.clock.tick();
-        let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
-        let known = |(block, entries): (usize, &Vec<u32>)| {
-            let floor = self.floor(block, now);
-            let mut values = entries
-                .iter()
-                .map(|index| &changes[*index as usize])
-                .filter(|change| change.end >= floor)
-                .map(|change| change.value);
-            let first = values.next()?;
-            values.all(|value| value == first).then_some(first)
-        };
-        blocks.iter().enumerate().map(known).collect()
-    }
 }
 
 #[cfg(test)]

@@ -7,16 +7,19 @@ use liveblk::engine::driver::sim::Rng;
 use liveblk::engine::node::{Node, NodeOptions};
 use liveblk::jobs::lifecycle::Verb;
 use liveblk::jobs::{
-    BackupSpec, CopyMode, Event, JobError, JobOptions, MirrorSpec, SyncMode, start_backup,
-    start_mirror,
+    BackupSpec, CopyMode, JobError, JobOptions, MirrorSpec, SyncMode, start_backup, start_mirror,
 };
-use liveblk::{ErrorKind, Job, Status};
+use liveblk::{BackingSource, ErrorKind, Job, Status};
 
 use super::images::{Chain, Image, Qcow2, open_chain};
-use super::judge::read_node;
+use super::judge::{one_moment, read_node};
 use super::ledger::{Tick, Window};
 use super::pattern;
-use super::world::{Kept, World};
+use super::together;
+use super::world::World;
+
+/// Layers that a chain may have before it is mirrored into one image.
+const LAYERS_MAX: usize = 6;
 
 /// Runs jobs on disk `index` until all requests were made.
 pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
@@ -24,15 +27,34 @@ pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
         if rng.chance(300) {
             world.core.sleep(rng.below(1_000_000)).await;
         }
+        let both = index == 0 && world.disks.len() > 1 && rng.chance(400);
+        let disks = if both { 0..world.disks.len() } else { index..index + 1 };
+        for disk in disks.clone() {
+            world.disks[disk].permit.acquire(1).await;
+        }
         world.jobs_running.set(world.jobs_running.get() + 1);
-        match rng.below(10) {
-            0..4 => backup(&world, index, &mut rng).await,
-            4..7 => mirror(&world, index, &mut rng, Ending::Complete).await,
-            7..9 => mirror(&world, index, &mut rng, Ending::Keep).await,
-            _ => mirror(&world, index, &mut rng, Ending::Abandon).await,
+        if both {
+            together::run(&world, &mut rng).await;
+        } else {
+            alone(&world, index, &mut rng).await;
         }
         world.jobs_running.set(world.jobs_running.get() - 1);
         world.jobs_ended.set(world.jobs_ended.get() + 1);
+        for disk in disks {
+            world.disks[disk].permit.release(1);
+        }
+    }
+}
+
+async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
+    let deep = world.chain(index).len() >= LAYERS_MAX;
+    match rng.below(12) {
+        _ if deep => mirror(world, index, rng, Ending::Complete).await,
+        0..3 => backup(world, index, rng).await,
+        3..6 => mirror(world, index, rng, Ending::Complete).await,
+        6..8 => mirror(world, index, rng, Ending::Keep).await,
+        8 => mirror(world, index, rng, Ending::Abandon).await,
+        _ => together::snapshots(world, &[index], rng).await,
     }
 }
 
@@ -47,43 +69,61 @@ enum Ending {
     Abandon,
 }
 
-/// A target image that is open.
-struct Target {
-    image: Rc<Image>,
-    node: Rc<Node>,
+/// A target that is open.
+pub(crate) struct Target {
+    pub(crate) chain: Chain,
+    pub(crate) node: Rc<Node>,
 }
 
-async fn target(world: &World, index: usize, rng: &mut Rng) -> Target {
+/// A target that shares all layers of disk `index` but the top one, if that can be.
+async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Target> {
+    let mut chain = world.chain(index);
+    let top = chain.pop()?;
+    let below = world.disks[index].disk.node().backing()?;
+    let name = world.name("target");
+    let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
+    image.create(&world.core, chain.last().map(|image| &**image)).await;
+    world.images.borrow_mut().push(Rc::clone(&image));
+    let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
+    let mut spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
+    spec.backing = BackingSource::Node(below.name().to_string());
+    let node = world.host.open(spec).await.expect("a new target opens");
+    chain.push(image);
+    Some(Target { chain, node })
+}
+
+/// A target without a backing file.
+pub(crate) async fn target(world: &World, index: usize, rng: &mut Rng) -> Target {
     let size = world.disks[index].disk.size();
     let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
     let image = Rc::new(Image { name: world.name("target"), size, qcow2 });
     image.create(&world.core, None).await;
     world.images.borrow_mut().push(Rc::clone(&image));
     let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
-    let spec = open_chain(&vec![Rc::clone(&image)], &options, true).named(&world.name("node"));
+    let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
     let node = world.host.open(spec).await.expect("a new target opens");
-    Target { image, node }
+    Target { chain: vec![image], node }
 }
 
-fn options(world: &World) -> JobOptions {
+pub(crate) fn options(world: &World) -> JobOptions {
     JobOptions::new(world.name("job"))
 }
 
 /// Resolves when `job` is gone.
-async fn gone(world: &World, job: &Rc<Job>) -> Result<(), JobError> {
+pub(crate) async fn gone(world: &World, job: &Rc<Job>) -> Result<(), JobError> {
     world.host.jobs().until(job.id(), |_| false).await;
     job.error().map_or(Ok(()), Err)
 }
 
 /// Whether a job may have failed so.
-fn is_excused(world: &World, error: &JobError) -> bool {
+pub(crate) fn is_excused(world: &World, error: &JobError) -> bool {
     matches!(error, JobError::Engine(error) if error.kind() == ErrorKind::NoSpace)
         && world.plan.full_at.is_some()
 }
 
 async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let source = world.disks[index].disk.node();
-    let Target { image, node } = target(world, index, rng).await;
+    let Target { chain, node } = target(world, index, rng).await;
     let spec = BackupSpec {
         job: options(world),
         source,
@@ -94,7 +134,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let id = spec.job.id.clone();
     let from = world.clock.tick();
     let window = Rc::new(Cell::new(None));
-    on_success(world, &id, &image, index, &window);
+    on_success(world, &id, (index, chain), &window);
     let job = match start_backup(spec).await {
         Ok(job) => job,
         Err(error) if is_excused(world, &error) => return close(world, &node).await,
@@ -114,27 +154,21 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng) {
 }
 
 /// At the moment of the job's event, its target becomes something that survives every cut.
-fn on_success(
+pub(crate) fn on_success(
     world: &Rc<World>,
     id: &str,
-    image: &Rc<Image>,
-    disk: usize,
+    part: (usize, Chain),
     window: &Rc<Cell<Option<Window>>>,
 ) {
-    let (weak, id) = (Rc::downgrade(world), id.to_owned());
-    let (image, window) = (Rc::clone(image), Rc::clone(window));
-    world.host.on_event(move |event| {
-        let Event::Completed { facts, error: None } = event else { return };
-        if let Some(world) = weak.upgrade()
-            && *facts.id == *id
-            && let Some(window) = window.get()
-        {
-            world.kept.borrow_mut().push(Kept { image: Rc::clone(&image), disk, window });
+    let (weak, window) = (Rc::downgrade(world), Rc::clone(window));
+    world.at_success(id, move || {
+        if let (Some(world), Some(window)) = (weak.upgrade(), window.get()) {
+            world.keep(vec![part], window);
         }
     });
 }
 
-async fn judge_copy(
+pub(crate) async fn judge_copy(
     world: &World,
     index: usize,
     node: &Rc<Node>,
@@ -143,31 +177,41 @@ async fn judge_copy(
 ) {
     let window = window.expect("invariant: the job started");
     let bytes = read_node(node).await.expect("the target can be read");
-    let ledger = &world.disks[index].ledger;
-    let judged = pattern::values(&bytes, 0).and_then(|values| {
-        let moment = ledger.point_in_time(&values, window)?;
-        ledger.not_before(&values, moment, window.to)
-    });
+    let judged =
+        pattern::values(&bytes, 0).and_then(|values| one_moment(world, &[(index, values)], window));
     judged.unwrap_or_else(|wrong| panic!("a {what} is wrong: {wrong}"));
 }
 
-async fn close(world: &World, node: &Rc<Node>) {
-    match world.host.graph().remove(node).await {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::NoSpace && world.plan.full_at.is_some() => {}
-        Err(error) => panic!("a node does not close: {error}"),
+/// Closes a node; writes of a cancelled job may still be on their way to it.
+pub(crate) async fn close(world: &World, node: &Rc<Node>) {
+    for _ in 0..1000 {
+        match world.host.graph().remove(node).await {
+            Ok(()) => return,
+            Err(error) if error.kind() == ErrorKind::Busy => world.core.sleep(100_000).await,
+            Err(error) if error.kind() == ErrorKind::NoSpace && world.plan.full_at.is_some() => {
+                return;
+            }
+            Err(error) => panic!("a node does not close: {error}"),
+        }
     }
+    panic!("{node:?} stays busy: {:?}", node.users());
 }
 
 async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) {
     let state = &world.disks[index];
     let source = state.disk.node();
-    let Target { image, node } = target(world, index, rng).await;
+    let top = if rng.chance(300) { target_of_top(world, index, rng).await } else { None };
+    let sync = if top.is_some() { SyncMode::Top } else { SyncMode::Full };
+    let target = match top {
+        Some(target) => target,
+        None => target(world, index, rng).await,
+    };
+    let node = Rc::clone(&target.node);
     let spec = MirrorSpec {
         job: options(world),
         source: Rc::clone(&source),
         target: Rc::clone(&node),
-        sync: SyncMode::Full,
+        sync,
         copy_mode: CopyMode::Background,
         granularity: rng.chance(500).then(|| 512 << rng.below(9)),
         allow_larger_target: false,
@@ -188,7 +232,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
     }
     if job.status() == Status::Ready && ending != Ending::Abandon {
         world.core.sleep(rng.below(1_000_000)).await;
-        return end_ready(world, index, &job, &id, Target { image, node }, ending).await;
+        return end_ready(world, index, &job, &id, target, ending).await;
     }
     match gone(world, &job).await {
         Err(JobError::Cancelled) if ending == Ending::Abandon => {}
@@ -210,24 +254,22 @@ async fn end_ready(
     let state = &world.disks[index];
     let source = state.disk.node();
     let old = state.active.borrow().clone();
-    let new: Chain = vec![Rc::clone(&target.image)];
+    let new = target.chain.clone();
     let from: Tick = world.clock.tick();
     let verb = if ending == Ending::Complete { Verb::Complete } else { Verb::Cancel };
     if ending == Ending::Complete {
         state.active.borrow_mut().push(new.clone());
     }
     let window = Rc::new(Cell::new(None));
-    let (weak, wanted) = (Rc::downgrade(world), id.to_owned());
-    let (image, at_event) = (Rc::clone(&target.image), Rc::clone(&window));
-    world.host.on_event(move |event| {
-        let Event::Completed { facts, error: None } = event else { return };
-        let Some(world) = weak.upgrade().filter(|_| *facts.id == *wanted) else { return };
+    let (weak, at_event) = (Rc::downgrade(world), Rc::clone(&window));
+    world.at_success(id, move || {
+        let Some(world) = weak.upgrade() else { return };
         let window = Window { from, to: world.clock.tick() };
         at_event.set(Some(window));
         if ending == Ending::Complete {
-            *world.disks[index].active.borrow_mut() = vec![new.clone()];
+            *world.disks[index].active.borrow_mut() = vec![new];
         } else {
-            world.kept.borrow_mut().push(Kept { image: Rc::clone(&image), disk: index, window });
+            world.keep(vec![(index, new)], window);
         }
     });
     let verb = world.host.jobs().block_job_verb(id, verb, false);

@@ -4,10 +4,11 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use liveblk::engine::driver::sim::{Rng, Sim, SimConfig, SimFs};
+use liveblk::engine::executor::sync::Semaphore;
 use liveblk::engine::executor::{Class, Core};
 use liveblk::engine::format::ReferencePolicy;
 use liveblk::engine::node::{NodeOptions, User};
-use liveblk::{Disk, Host, WriteFlags};
+use liveblk::{Disk, Event, Host, WriteFlags};
 
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::ledger::{Clock, Ledger, Window};
@@ -35,19 +36,22 @@ pub(crate) struct DiskPlan {
     pub(crate) options: NodeOptions,
 }
 
-/// A result that must survive every cut from now on.
-#[derive(Debug)]
+/// Disks as they were at one moment within `window`: must survive every cut from now on.
+#[derive(Clone, Debug)]
 pub(crate) struct Kept {
-    pub(crate) image: Rc<Image>,
-    pub(crate) disk: usize,
+    pub(crate) parts: Vec<(usize, Chain)>,
     pub(crate) window: Window,
 }
+
+/// How many results are looked at after each cut.
+const KEPT_MAX: usize = 4;
 
 /// A disk with its guest's view.
 pub(crate) struct DiskState {
     pub(crate) disk: Disk,
     pub(crate) ledger: Rc<Ledger>,
-    pub(crate) options: NodeOptions,
+    /// The permit to run a job or take a snapshot.
+    pub(crate) permit: Semaphore,
     /// The chains one of which holds the disk now: two while a command is changing that.
     pub(crate) active: RefCell<Vec<Chain>>,
 }
@@ -70,6 +74,8 @@ pub(crate) struct World {
     pub(crate) tasks: Cell<u32>,
     /// Requests may fail for want of space.
     pub(crate) is_full: Cell<bool>,
+    /// What happens at the very moment when a job says that it is complete, by its id.
+    at_success: RefCell<Vec<(String, Box<dyn FnOnce()>)>>,
 }
 
 impl Plan {
@@ -204,11 +210,11 @@ impl World {
             disks.push(DiskState {
                 disk: attached,
                 ledger,
-                options: disk.options.clone(),
+                permit: Semaphore::new(&core, 1),
                 active: RefCell::new(vec![disk.chain.clone()]),
             });
         }
-        Rc::new(Self {
+        let world = Rc::new(Self {
             core,
             host,
             plan,
@@ -223,7 +229,31 @@ impl World {
             jobs_ended: Cell::new(0),
             tasks: Cell::new(0),
             is_full: Cell::new(false),
-        })
+            at_success: RefCell::default(),
+        });
+        let weak = Rc::downgrade(&world);
+        world.host.on_event(move |event| {
+            if let Event::Completed { facts, error: None } = event
+                && let Some(world) = weak.upgrade()
+            {
+                world.succeeded(&facts.id);
+            }
+        });
+        world
+    }
+
+    /// Calls `then` inside the event that says that job `id` is complete.
+    pub(crate) fn at_success(&self, id: &str, then: impl FnOnce() + 'static) {
+        self.at_success.borrow_mut().push((id.to_owned(), Box::new(then)));
+    }
+
+    fn succeeded(&self, id: &str) {
+        let mut waiting = self.at_success.borrow_mut();
+        if let Some(at) = waiting.iter().position(|(known, _)| known == id) {
+            let (_, then) = waiting.swap_remove(at);
+            drop(waiting);
+            then();
+        }
     }
 
     /// Starts a task that the world waits for.
@@ -234,6 +264,21 @@ impl World {
             task.await;
             world.tasks.set(world.tasks.get() - 1);
         }));
+    }
+
+    /// From now on these disks can be read as of a moment within `window`, also after a cut.
+    pub(crate) fn keep(&self, parts: Vec<(usize, Chain)>, window: Window) {
+        let mut kept = self.kept.borrow_mut();
+        if kept.len() == KEPT_MAX {
+            kept.remove(0);
+        }
+        kept.push(Kept { parts, window });
+    }
+
+    /// The chain that holds disk `index`.
+    pub(crate) fn chain(&self, index: usize) -> Chain {
+        let active = self.disks[index].active.borrow();
+        active.last().expect("invariant: a disk has a chain").clone()
     }
 
     /// Takes one of the requests that are still to be made.

@@ -1,0 +1,180 @@
+//! Commands that act on several disks at one instant: snapshots, and transactions of backups.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use liveblk::engine::driver::sim::Rng;
+use liveblk::engine::node::{Node, NodeOptions};
+use liveblk::jobs::{
+    Action, BackupAction, CompletionMode, JobError, NewImageMode, SnapshotFile, SyncMode,
+    transaction,
+};
+
+use super::images::{Chain, Image, Qcow2, open_chain};
+use super::judge::{one_moment, read_node};
+use super::ledger::Window;
+use super::operator::{Target, close, gone, is_excused, judge_copy, on_success, options, target};
+use super::pattern;
+use super::world::World;
+
+/// Does something with all disks.
+pub(crate) async fn run(world: &Rc<World>, rng: &mut Rng) {
+    let disks: Vec<usize> = (0..world.disks.len()).collect();
+    if rng.chance(500) { snapshots(world, &disks, rng).await } else { backups(world, rng).await }
+}
+
+/// A new layer of one disk.
+struct Layer {
+    disk: usize,
+    /// The node that will be below it.
+    base: Rc<Node>,
+    image: Rc<Image>,
+    /// The overlay, if it was opened before the command.
+    open: Option<Rc<Node>>,
+}
+
+/// Takes snapshots of `disks` at one instant.
+pub(crate) async fn snapshots(world: &Rc<World>, disks: &[usize], rng: &mut Rng) {
+    let mut layers = Vec::new();
+    let mut actions = Vec::new();
+    for disk in disks {
+        let (layer, action) = prepare(world, *disk, rng).await;
+        layers.push(layer);
+        actions.push((world.core.id(), action));
+    }
+    let old: Vec<Chain> = disks.iter().map(|disk| world.chain(*disk)).collect();
+    for (layer, old) in layers.iter().zip(&old) {
+        let mut new = old.clone();
+        new.push(Rc::clone(&layer.image));
+        world.disks[layer.disk].active.borrow_mut().push(new);
+    }
+    let from = world.clock.tick();
+    let answer = transaction(&world.core, actions, CompletionMode::Individual).await;
+    let window = Window { from, to: world.clock.tick() };
+    let done = answer.is_ok();
+    for (layer, old) in layers.iter().zip(&old) {
+        let mut active = world.disks[layer.disk].active.borrow_mut();
+        *active = if done {
+            vec![active.pop().expect("invariant: pushed above")]
+        } else {
+            vec![old.clone()]
+        };
+    }
+    if let Err(error) = answer {
+        assert!(is_excused(world, &error), "a snapshot failed: {error}");
+        for node in layers.into_iter().filter_map(|layer| layer.open) {
+            close(world, &node).await;
+        }
+        return;
+    }
+    world.images.borrow_mut().extend(layers.iter().map(|layer| Rc::clone(&layer.image)));
+    let parts = layers.iter().zip(old).map(|(layer, old)| (layer.disk, old)).collect();
+    world.keep(parts, window);
+    judge_bases(world, &layers, window).await;
+}
+
+/// What lies below the new layers is the disks at one moment.
+async fn judge_bases(world: &Rc<World>, layers: &[Layer], window: Window) {
+    let mut parts = Vec::new();
+    for layer in layers {
+        assert!(!layer.base.is_writable(), "a base is read-only");
+        let bytes = read_node(&layer.base).await.expect("the base can be read");
+        let values = pattern::values(&bytes, 0);
+        parts.push((layer.disk, values.unwrap_or_else(|wrong| panic!("a base is bad: {wrong}"))));
+    }
+    let judged = one_moment(world, &parts, window);
+    judged.unwrap_or_else(|wrong| panic!("a snapshot is wrong: {wrong}"));
+}
+
+/// A new layer, made by the command or before it.
+async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Action) {
+    let base = world.disks[disk].disk.node();
+    let size = base.size();
+    let name = world.name("layer");
+    let node = base.name().to_string();
+    let overlay = world.name("node");
+    if rng.chance(500) {
+        let qcow2 = Qcow2 { version: 3, cluster_size: 64 << 10, refcount_order: 4 };
+        let image = Rc::new(Image { name, size, qcow2: Some(qcow2) });
+        let spec = SnapshotFile {
+            node,
+            file: image.path().into(),
+            overlay: Some(overlay),
+            format: "qcow2".into(),
+            mode: NewImageMode::AbsolutePaths,
+        };
+        return (Layer { disk, base, image, open: None }, Action::SnapshotFile(spec));
+    }
+    let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::random(rng)) });
+    image.create(&world.core, world.chain(disk).last().map(|image| &**image)).await;
+    let options =
+        NodeOptions { discard_unmap: rng.chance(700), direct: rng.chance(500), no_flush: false };
+    let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&overlay);
+    let open = world.host.open(spec).await.expect("a new layer opens");
+    (Layer { disk, base, image, open: Some(open) }, Action::Snapshot { node, overlay })
+}
+
+/// Starts backups of all disks at one instant.
+async fn backups(world: &Rc<World>, rng: &mut Rng) {
+    let window = Rc::new(Cell::new(None));
+    let (mut targets, mut ids, mut actions) = (Vec::new(), Vec::new(), Vec::new());
+    for disk in 0..world.disks.len() {
+        let target = target(world, disk, rng).await;
+        let action = BackupAction {
+            job: options(world),
+            source: world.disks[disk].disk.node_name().to_string(),
+            target: target.node.name().to_string(),
+            sync: SyncMode::Full,
+            allow_larger_target: false,
+        };
+        on_success(world, &action.job.id, (disk, target.chain.clone()), &window);
+        ids.push(action.job.id.clone());
+        actions.push((world.core.id(), Action::Backup(action)));
+        targets.push(target);
+    }
+    let grouped = rng.chance(500);
+    let mode = if grouped { CompletionMode::Grouped } else { CompletionMode::Individual };
+    let from = world.clock.tick();
+    match transaction(&world.core, actions, mode).await {
+        Ok(()) => {
+            window.set(Some(Window { from, to: world.clock.tick() }));
+            ended(world, &ids, &targets, &window).await;
+        }
+        Err(error) => assert!(is_excused(world, &error), "backups do not start: {error}"),
+    }
+    for target in targets {
+        close(world, &target.node).await;
+    }
+}
+
+/// Waits for the jobs and judges their targets together.
+async fn ended(
+    world: &Rc<World>,
+    ids: &[String],
+    targets: &[Target],
+    window: &Rc<Cell<Option<Window>>>,
+) {
+    let jobs: Vec<_> = ids.iter().filter_map(|id| world.host.jobs().find(id)).collect();
+    let mut good = jobs.len() == ids.len();
+    for job in &jobs {
+        if let Err(error) = gone(world, job).await {
+            let cancelled = matches!(error, JobError::Cancelled) && world.plan.full_at.is_some();
+            assert!(cancelled || is_excused(world, &error), "a backup failed: {error}");
+            good = false;
+        }
+    }
+    if !good {
+        return;
+    }
+    let mut parts = Vec::new();
+    for (disk, target) in targets.iter().enumerate() {
+        judge_copy(world, disk, &target.node, window.get(), "backup").await;
+        let bytes = read_node(&target.node).await.expect("the target can be read");
+        parts.push((disk, pattern::values(&bytes, 0).expect("judged before")));
+    }
+    let window = window.get().expect("invariant: the jobs started");
+    let judged = one_moment(world, &parts, window);
+    judged.unwrap_or_else(|wrong| panic!("backups of a transaction: {wrong}"));
+    let chains = targets.iter().map(|target| target.chain.clone()).enumerate().collect();
+    world.keep(chains, window);
+}
