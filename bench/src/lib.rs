@@ -1,1 +1,5 @@
-//! liveblk-bench.
+//! Benches of liveblk; the crate itself is empty.
+//!
+//! - `benches/`: criterion benches of the engine without a front door;
+//! - `side_by_side.py`: ours and qemu-storage-daemon interleaved, through NBD and QMP;
+//! - `RESULTS.md`: what was measured, with the command.

@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Ours and qemu-storage-daemon side by side, interleaved: guest I/O through NBD, and jobs.
+
+    bench/side_by_side.py --ours target/release/liveblkd [--pairs 5] [--rows guest,jobs] [--size MIB]
+
+For each row the two daemons run in turn (A B A B ...) on the same images on tmpfs, pinned to one
+core, the client to the other; printed are minimum, median and maximum of each figure and the
+median of the paired ratios ours/peer. CPU is user + system time of the daemon process. With
+--rt both run as SCHED_RR 1 (needs root), for machines with other load.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(pid):
+    """User and system time of a process, threads included."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def peak_rss_mib(pid):
+    """Peak resident memory of a process."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+class Daemon:
+    """A daemon under test with a QMP connection."""
+
+    def __init__(self, program, folder, rt):
+        self.qmp_path = os.path.join(folder, "qmp.sock")
+        self.nbd_path = os.path.join(folder, "nbd.sock")
+        for path in (self.qmp_path, self.nbd_path):
+            if os.path.exists(path):
+                os.unlink(path)
+        command = ["taskset", "-c", "0"] + (["chrt", "-r", "1"] if rt else [])
+        command += [program, "--chardev",
+                    f"socket,id=mon,path={self.qmp_path},server=on,wait=off",
+                    "--monitor", "chardev=mon",
+                    "--nbd-server", f"addr.type=unix,addr.path={self.nbd_path}"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.socket = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                self.socket.connect(self.qmp_path)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        self.file = self.socket.makefile("rw", encoding="ascii", newline="\n")
+        self.events = []
+        self.file.readline()
+        self.command("qmp_capabilities")
+
+    def read(self):
+        """One message."""
+        line = self.file.readline()
+        if not line:
+            raise RuntimeError("the daemon closed its monitor")
+        return json.loads(line)
+
+    def command(self, name, **arguments):
+        """Runs a command and returns its answer; events are kept."""
+        names = {key.replace("_", "-"): value for key, value in arguments.items()}
+        self.file.write(json.dumps({"execute": name, "arguments": names}) + "\n")
+        self.file.flush()
+        while True:
+            message = self.read()
+            if "event" in message:
+                self.events.append(message)
+            elif "error" in message:
+                raise RuntimeError(f"{name}: {message['error']}")
+            else:
+                return message["return"]
+
+    def wait_event(self, name):
+        """Waits for an event of this name."""
+        while True:
+            for index, event in enumerate(self.events):
+                if event["event"] == name:
+                    return self.events.pop(index)
+            message = self.read()
+            if "event" in message:
+                self.events.append(message)
+
+    def add_image(self, node, path, driver):
+        """Opens an image as a node."""
+        self.command("blockdev-add", driver=driver, node_name=node,
+                     file={"driver": "file", "filename": path})
+
+    def quit(self):
+        """Ends the daemon."""
+        self.command("quit")
+        self.process.wait(10)
+
+
+def fio(arguments, uri, rt):
+    """Runs fio against an NBD export; its parsed job result."""
+    command = ["taskset", "-c", "1"] + (["chrt", "-r", "1"] if rt else [])
+    command += ["fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", "--output-format=json",
+                "--randrepeat=1"] + arguments
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = answer.stdout
+    return json.loads(text[text.index("{"):])["jobs"][0]
+
+
+GUEST = {
+    "4k randread qd32": ["--rw=randread", "--bs=4k", "--iodepth=32"],
+    "4k randwrite qd32": ["--rw=randwrite", "--bs=4k", "--iodepth=32"],
+    "4k randread qd1": ["--rw=randread", "--bs=4k", "--iodepth=1"],
+    "64k read qd16": ["--rw=read", "--bs=64k", "--iodepth=16"],
+    "64k write qd16": ["--rw=write", "--bs=64k", "--iodepth=16"],
+}
+
+
+def guest_row(program, folder, image, driver, arguments, seconds, rt):
+    """IOPS, p50 in us and daemon CPU us per request."""
+    daemon = Daemon(program, folder, rt)
+    daemon.add_image("n", image, driver)
+    daemon.command("block-export-add", type="nbd", id="e", node_name="n", name="n", writable=True)
+    uri = f"nbd+unix:///n?socket={daemon.nbd_path}"
+    limits = ["--time_based", f"--runtime={seconds}", f"--size={os.path.getsize(image)}"]
+    if driver == "qcow2":
+        limits[2] = "--size=256m"
+    before = cpu_seconds(daemon.process.pid)
+    job = fio(arguments + limits, uri, rt)
+    cpu = cpu_seconds(daemon.process.pid) - before
+    side = job["read"] if job["read"]["total_ios"] else job["write"]
+    rss = peak_rss_mib(daemon.process.pid)
+    daemon.quit()
+    percentiles = side["clat_ns"].get("percentile", {})
+    return {
+        "kIOPS": side["total_ios"] / (side["runtime"] / 1000) / 1000,
+        "p50 us": percentiles.get("50.000000", 0) / 1000,
+        "CPU us/IO": cpu * 1e6 / side["total_ios"],
+        "RSS MiB": rss,
+    }
+
+
+def job_row(program, folder, kind, driver, image, size, rt):
+    """MB/s, CPU seconds per GiB and peak memory of one job from a full image to a new one."""
+    target = os.path.join(folder, "target")
+    if os.path.exists(target):
+        os.unlink(target)
+    subprocess.run(["qemu-img", "create", "-q", "-f", driver, target, str(size)], check=True)
+    daemon = Daemon(program, folder, rt)
+    daemon.add_image("s", image, driver)
+    daemon.add_image("t", target, driver)
+    before, start = cpu_seconds(daemon.process.pid), time.monotonic()
+    daemon.command(f"blockdev-{kind}", job_id="j", device="s", target="t", sync="full")
+    daemon.wait_event("BLOCK_JOB_READY" if kind == "mirror" else "BLOCK_JOB_COMPLETED")
+    took = time.monotonic() - start
+    if kind == "mirror":
+        daemon.command("block-job-cancel", device="j")
+        daemon.wait_event("BLOCK_JOB_COMPLETED")
+    cpu = cpu_seconds(daemon.process.pid) - before
+    rss = peak_rss_mib(daemon.process.pid)
+    daemon.quit()
+    compare = ["qemu-img", "compare", "-q", "-f", driver, "-F", driver, image, target]
+    subprocess.run(compare, check=True)
+    os.unlink(target)
+    return {"MB/s": size / took / 1e6, "CPU s/GiB": cpu / (size / 2**30), "RSS MiB": rss}
+
+
+def full_image(folder, driver, size):
+    """An image whose every byte is written, incompressible."""
+    path = os.path.join(folder, f"full.{driver}")
+    raw = os.path.join(folder, "full.raw")
+    if not os.path.exists(raw):
+        with open(raw, "wb") as file:
+            for _ in range(size >> 20):
+                file.write(os.urandom(1 << 20))
+    if driver != "raw":
+        command = ["qemu-img", "convert", "-q", "-f", "raw", "-O", driver, raw, path]
+        subprocess.run(command, check=True)
+    return path
+
+
+def report(name, ours, peers):
+    """Prints a row: min/median/max of both sides and the median of the paired ratios."""
+    for figure in ours[0]:
+        mine, theirs = [run[figure] for run in ours], [run[figure] for run in peers]
+        ratios = [a / b for a, b in zip(mine, theirs) if b]
+        ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
+
+        def three(values):
+            low, middle, high = min(values), statistics.median(values), max(values)
+            return f"{low:.4g}/{middle:.4g}/{high:.4g}"
+
+        print(f"| {name} | {figure} | {three(mine)} | {three(theirs)} | {ratio} |", flush=True)
+
+
+def main():
+    """Runs the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--ours", default="target/release/liveblkd")
+    parser.add_argument("--peer", default="qemu-storage-daemon")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rows", default="guest,jobs")
+    parser.add_argument("--drivers", default="raw,qcow2")
+    parser.add_argument("--size", type=int, default=1024, help="MiB of the job rows")
+    parser.add_argument("--seconds", type=int, default=3, help="of each guest run")
+    parser.add_argument("--rt", action="store_true")
+    options = parser.parse_args()
+    folder = tempfile.mkdtemp(prefix="liveblk-bench-", dir="/dev/shm")
+    print("| row | figure | ours min/med/max | peer min/med/max | ratio |")
+    print("|---|---|---|---|---|")
+    programs = (options.ours, options.peer)
+    try:
+        for driver in options.drivers.split(","):
+            size = options.size << 20
+            image = full_image(folder, driver, size)
+            for name, arguments in GUEST.items() if "guest" in options.rows else ():
+                runs = [[], []]
+                for _ in range(options.pairs):
+                    for program, results in zip(programs, runs):
+                        results.append(guest_row(program, folder, image, driver, arguments,
+                                                 options.seconds, options.rt))
+                report(f"NBD {driver} {name}", *runs)
+            for kind in ("backup", "mirror") if "jobs" in options.rows else ():
+                runs = [[], []]
+                for _ in range(options.pairs):
+                    for program, results in zip(programs, runs):
+                        results.append(job_row(program, folder, kind, driver, image, size,
+                                               options.rt))
+                report(f"{kind} {driver}", *runs)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
