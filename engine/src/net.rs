@@ -49,6 +49,22 @@ struct SocketFile {
     identity: (u64, u64),
 }
 
+/// Takes over descriptor `number`, which the process inherited and nothing here owns yet.
+///
+/// # Errors
+/// If no such descriptor is open, or it is standard input, output or error.
+pub fn adopt_fd(number: i32) -> io::Result<OwnedFd> {
+    if number <= 2 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: only borrowed for the call that finds out whether the descriptor is open; the number
+    // is not -1.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    let ours = borrowed.try_clone_to_owned()?;
+    nix::unistd::close(number)?;
+    Ok(ours)
+}
+
 impl Listener {
     /// Listens on a unix socket at `path`; a socket file left behind there is replaced.
     ///
@@ -108,10 +124,8 @@ impl Listener {
         self.accepting.set(Some(operation.token()));
         let done = operation.await;
         self.accepting.set(None);
-        let number = check(&done, "accept")?;
-        let number = i32::try_from(number).expect("invariant: descriptors are small");
-        // SAFETY: a successful accept returns a new descriptor that nobody else owns.
-        let socket = unsafe { OwnedFd::from_raw_fd(number) };
+        check(&done, "accept")?;
+        let socket = accepted(done.result);
         Ok(Socket::from_fd(&self.core, socket))
     }
 
@@ -261,4 +275,10 @@ fn socket_number(socket: BorrowedFd<'_>) -> i32 {
 fn os_error(error: &io::Error, op: &'static str) -> Error {
     let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
     Error::os(errno, op)
+}
+
+/// Owns the descriptor that a successful accept returned as its result.
+pub(crate) fn accepted(result: i32) -> OwnedFd {
+    // SAFETY: a successful accept returns a new descriptor that nobody else owns.
+    unsafe { OwnedFd::from_raw_fd(result) }
 }

@@ -13,7 +13,7 @@ use std::task::Context;
 
 use super::call::{RemoteCall, remote_call, with_task_waker};
 use super::mailbox::{Mailbox, Message};
-use super::op::{Completed, Op, Ops};
+use super::op::{Completed, Op, Ops, discard};
 use super::task::{Class, JoinHandle, Tasks};
 use super::timer::{Sleep, Timers};
 use crate::buf::Pool;
@@ -237,7 +237,7 @@ impl Core {
         let completed = self.0.ops.borrow_mut().complete(done.token, done.result);
         match completed {
             Completed::Wake(task) => self.0.tasks.wake(task),
-            Completed::Orphan(left) => drop(left),
+            Completed::Orphan(kind, outcome, result) => discard(kind, outcome, result),
             Completed::Nobody => {}
         }
     }

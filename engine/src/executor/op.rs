@@ -80,7 +80,10 @@ impl Ops {
                 slot.state = SlotState::Done(result);
                 Completed::Nobody
             }
-            SlotState::Orphan => Completed::Orphan(self.free(token)),
+            SlotState::Orphan => {
+                let (kind, outcome) = self.free(token);
+                Completed::Orphan(kind, outcome, result)
+            }
             SlotState::Done(_) | SlotState::Free => {
                 unreachable!("invariant: one completion per operation")
             }
@@ -93,7 +96,15 @@ pub(super) enum Completed {
     Wake(TaskId),
     Nobody,
     /// Dropped by the caller outside of the slab's borrow (buffers, descriptors).
-    Orphan((OpKind, FsOutcome)),
+    Orphan(OpKind, FsOutcome, i32),
+}
+
+/// Drops what a finished operation leaves that nobody wants, a new connection included.
+pub(super) fn discard(kind: OpKind, outcome: FsOutcome, result: i32) {
+    if matches!(kind, OpKind::Accept { .. }) && result >= 0 {
+        drop(crate::net::accepted(result));
+    }
+    drop((kind, outcome));
 }
 
 /// An operation in flight; started when it was made.
@@ -147,10 +158,10 @@ impl Drop for Op {
         }
         let mut ops = self.core.ops().borrow_mut();
         let Some(slot) = ops.get(self.token) else { return };
-        if let SlotState::Done(_) = slot.state {
-            let left = ops.free(self.token);
+        if let SlotState::Done(result) = slot.state {
+            let (kind, outcome) = ops.free(self.token);
             drop(ops);
-            drop(left);
+            discard(kind, outcome, result);
         } else {
             slot.state = SlotState::Orphan;
         }
