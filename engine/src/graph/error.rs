@@ -9,6 +9,12 @@ use crate::error::{Error, ErrorKind};
 pub enum GraphError {
     /// No node of that name.
     NotFound(String),
+    /// No node of the name that an option refers to.
+    ReferenceNotFound(String),
+    /// The node of that name cannot hold an image: it is one itself.
+    NotAFile(String),
+    /// The node is to be written and what holds it is read-only.
+    ReadOnly,
     /// A node of that name exists.
     Duplicate(String),
     /// Not a legal node name.
@@ -76,6 +82,13 @@ impl fmt::Display for GraphError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotFound(name) => write!(f, "Failed to find node with node-name='{name}'"),
+            Self::ReferenceNotFound(name) => {
+                write!(f, "Cannot find device='{name}' nor node-name='{name}'")
+            }
+            Self::NotAFile(name) => {
+                write!(f, "Node '{name}' cannot hold an image: its driver is not 'file'")
+            }
+            Self::ReadOnly => f.write_str("Block node is read-only"),
             Self::Duplicate(name) => write!(f, "Duplicate nodes with node-name='{name}'"),
             Self::InvalidName(name) => write!(f, "Invalid node-name: '{name}'"),
             Self::NameTooLong => f.write_str("Node name too long"),
@@ -125,7 +138,8 @@ impl std::error::Error for GraphError {}
 impl From<GraphError> for Error {
     fn from(error: GraphError) -> Self {
         let kind = match &error {
-            GraphError::NotFound(_) => ErrorKind::NotFound,
+            GraphError::NotFound(_) | GraphError::ReferenceNotFound(_) => ErrorKind::NotFound,
+            GraphError::ReadOnly => ErrorKind::ReadOnly,
             GraphError::Duplicate(_) => ErrorKind::AlreadyExists,
             GraphError::InUse(_)
             | GraphError::BusyAsChild { .. }

@@ -6,11 +6,12 @@
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::error::GraphError;
 use super::registry::{Graph, GraphConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Format, OpenImage, ResolvedReference};
+use crate::format::{Driver, Format, OpenImage, ResolvedReference};
 use crate::limits::CHAIN_DEPTH;
 use crate::node::{Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard};
 use crate::storage::{File, FileOptions, LockRequest, Storage};
@@ -28,6 +29,8 @@ pub struct FileSpec {
     pub beneath: Option<PathBuf>,
     /// Neither take nor honour locks.
     pub no_locking: bool,
+    /// Options of the protocol node; those of the node above if absent.
+    pub options: Option<NodeOptions>,
 }
 
 /// What holds an image.
@@ -69,6 +72,8 @@ pub struct OpenNode {
     pub writable: bool,
     /// Fall back to read-only if the file cannot be opened for writing.
     pub auto_read_only: bool,
+    /// For a read-only node: let others write the file meanwhile.
+    pub force_share: bool,
     /// Options of the node (and of a file opened for it).
     pub options: NodeOptions,
     /// Whether `blockdev-del` may remove it.
@@ -90,6 +95,7 @@ impl OpenNode {
             backing: BackingSource::FromHeader,
             writable: true,
             auto_read_only: false,
+            force_share: false,
             options: NodeOptions::default(),
             monitor_owned: false,
             raw_offset: 0,
@@ -173,7 +179,7 @@ impl Graph {
             levels.push(level);
             match backing {
                 BackingSource::None => {}
-                BackingSource::Node(name) => return self.find(&name).map(Some),
+                BackingSource::Node(name) => return self.referenced(&name).map(Some),
                 BackingSource::Open(spec) => next = Some(OpenNode { writable: false, ..*spec }),
                 BackingSource::FromHeader => {
                     if let Some(reference) = reference {
@@ -204,6 +210,7 @@ impl Graph {
             ..FileSpec::default()
         });
         spec.writable = false;
+        spec.force_share = overlay.force_share;
         spec.options = overlay.options.clone();
         Ok(spec)
     }
@@ -235,36 +242,55 @@ impl Graph {
         mut spec: OpenNode,
         seen: &mut Seen,
     ) -> Result<Level> {
-        let name = self.name_for(spec.name.as_deref())?;
         let protocol = spec.driver == "file";
         let driver = config.formats.find(&spec.driver);
         if !protocol && driver.is_none() {
             return Err(GraphError::UnknownDriver(spec.driver).into());
         }
+        if protocol {
+            // As the peer: what is wrong with the name comes first for a file, else the file does.
+            self.name_for(spec.name.as_deref())?;
+        }
         let (file, storage, filename) = self.open_storage(&mut spec, protocol, seen).await?;
-        let format: Rc<dyn Format> = match driver.filter(|_| !protocol) {
-            None => Rc::new(Plain::new("file", storage)),
-            Some(driver) => {
-                let open = OpenImage {
-                    core: self.core().clone(),
-                    storage,
-                    filename: filename.clone(),
-                    writable: spec.writable,
-                    raw_offset: spec.raw_offset,
-                    raw_size: spec.raw_size,
-                };
-                match driver.open(open).await {
-                    Ok(format) => format,
-                    Err(error) => {
-                        if let Some(file) = &file {
-                            let _ = self.remove_unused(file).await;
-                        }
-                        return Err(error);
-                    }
+        let driver = driver.filter(|_| !protocol);
+        match self.open_image(&spec, driver, storage, &filename).await {
+            Ok((name, format)) => Ok(Level { spec, name, file, format, filename }),
+            Err(error) => {
+                if let Some(file) = &file {
+                    // The first error is the one to report.
+                    let _ = self.remove_unused(file).await;
                 }
+                Err(error)
             }
+        }
+    }
+
+    /// Opens the image in `storage` with `driver`, or takes its bytes as they are.
+    async fn open_image(
+        &self,
+        spec: &OpenNode,
+        driver: Option<Arc<dyn Driver>>,
+        storage: Storage,
+        filename: &Path,
+    ) -> Result<(Rc<str>, Rc<dyn Format>)> {
+        let name = self.name_for(spec.name.as_deref())?;
+        let Some(driver) = driver else {
+            return Ok((name, Rc::new(Plain::new("file", storage))));
         };
-        Ok(Level { spec, name, file, format, filename })
+        let open = OpenImage {
+            core: self.core().clone(),
+            storage,
+            filename: filename.to_path_buf(),
+            writable: spec.writable,
+            raw_offset: spec.raw_offset,
+            raw_size: spec.raw_size,
+        };
+        Ok((name, driver.open(open).await?))
+    }
+
+    /// A node that is referred to by name in options.
+    fn referenced(&self, name: &str) -> Result<Rc<Node>> {
+        self.find(name).map_err(|_| GraphError::ReferenceNotFound(name.into()).into())
     }
 
     /// The storage of an image, and the protocol node that owns it.
@@ -277,7 +303,13 @@ impl Graph {
         match spec.file.clone() {
             FileSource::Storage(storage) => Ok((None, storage, PathBuf::from("memory"))),
             FileSource::Node(name) => {
-                let node = self.find(&name)?;
+                let node = self.referenced(&name)?;
+                if node.driver() != "file" {
+                    return Err(GraphError::NotAFile(name).into());
+                }
+                if spec.writable && !node.is_writable() {
+                    return Err(GraphError::ReadOnly.into());
+                }
                 let storage = node.format().data_storage().clone();
                 self.lock_for(&storage, spec).await?;
                 let filename = PathBuf::from(node.filename());
@@ -302,10 +334,11 @@ impl Graph {
     }
 
     async fn open_file(&self, file: &FileSpec, spec: &mut OpenNode) -> Result<Rc<File>> {
+        let direct = file.options.as_ref().unwrap_or(&spec.options).direct;
         let options = |writable| FileOptions {
             path: file.path.clone(),
             writable,
-            direct: spec.options.direct,
+            direct,
             create_new: false,
             beneath: file.beneath.clone(),
             locking: !file.no_locking,
@@ -334,6 +367,7 @@ impl Graph {
         let Storage::File(file) = storage else { return Ok(()) };
         let request = match (spec.writable, spec.driver.as_str()) {
             (true, _) => LockRequest::Write,
+            (false, _) if spec.force_share => LockRequest::ReadShared,
             (false, "file" | "raw") => LockRequest::ReadShared,
             (false, _) => LockRequest::ReadStable,
         };
@@ -353,7 +387,7 @@ impl Graph {
             name,
             format: Rc::new(Plain::new("file", storage.clone())),
             filename: filename.display().to_string(),
-            options: spec.options.clone(),
+            options: file.options.clone().unwrap_or_else(|| spec.options.clone()),
             writable: spec.writable,
             monitor_owned: false,
             file: None,
