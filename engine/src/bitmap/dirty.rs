@@ -319,7 +319,7 @@ mod tests {
                 let end = (at + self.granularity).min(self.size);
                 let (from, to) = (range.start.bytes(), range.end().bytes());
                 let touched = from < end && at < to && !range.is_empty();
-                if (set && touched) || (!set && touched && from <= at && end <= to) {
+                if touched && (set || (from <= at && end <= to)) {
                     *bit = set;
                 }
             }

@@ -184,7 +184,7 @@ impl Graph {
                 BackingSource::FromHeader => {
                     if let Some(reference) = reference {
                         let found = (config.resolve)(&image, &reference, &config.policy)?;
-                        next = Some(self.from_header(&config, found, &writable_top).await?);
+                        next = Some(self.header_backing(&config, found, &writable_top).await?);
                     }
                 }
             }
@@ -193,7 +193,7 @@ impl Graph {
     }
 
     /// The backing image that a header names.
-    async fn from_header(
+    async fn header_backing(
         &self,
         config: &GraphConfig,
         found: ResolvedReference,
