@@ -350,3 +350,58 @@ fn a_grouped_transaction_of_backups_ends_all_or_none() {
         }
     }
 }
+
+#[test]
+fn a_snapshot_under_a_backup_moves_the_guest_and_the_backup_stays_at_its_instant() {
+    for seed in 30..40 {
+        let mut sim = rig::world(seed);
+        sim.block_on(0, |core| async move {
+            configure(&core);
+            let a = image(&core, "a").await;
+            let t = image(&core, "t").await;
+            let (log, guest) = (Log::new(), disk(&a));
+            let guests = log.guests(&core, 0, &guest, 3);
+            core.sleep(3_000_000).await;
+            let from = core.now();
+            here(&core, vec![backup("j", "a", "t")]).await.expect("it starts");
+            let to = core.now();
+            here(&core, vec![snapshot("a", "a1")]).await.expect("allowed under a backup");
+            assert_eq!(&*guest.node_name(), "a1");
+            rig::gone(&core, "j").await;
+            core.sleep(1_000_000).await;
+            guests.stop().await;
+            let zero = vec![0; SIZE as usize];
+            log.prove_instant(&[(0, &zero, &content(&t).await)], from, to);
+            let live = content(&guest.node()).await;
+            assert_eq!(first_difference(&live, &log.model(0, &zero)), None);
+            assert_eq!(log.failures.get(), 0);
+        });
+    }
+}
+
+#[test]
+fn a_snapshot_under_a_mirror_is_refused_and_changes_nothing() {
+    let mut sim = rig::world(41);
+    let fs = sim.fs();
+    sim.block_on(0, |core| async move {
+        configure(&core);
+        let (a, t) = (image(&core, "a").await, image(&core, "t").await);
+        let guest = disk(&a);
+        liveblk_jobs::start_mirror(liveblk_jobs::MirrorSpec {
+            job: rig::options("m"),
+            source: a.clone(),
+            target: t.clone(),
+            sync: SyncMode::Full,
+            copy_mode: liveblk_jobs::CopyMode::Background,
+            granularity: None,
+            allow_larger_target: false,
+        })
+        .await
+        .expect("it starts");
+        let text = here(&core, vec![snapshot("a", "a1")]).await.unwrap_err();
+        assert_eq!(text, "Node 'a' is busy: block device is in use by block job: mirror");
+        assert!(fs.read("/a1.qcow2").is_none());
+        assert_eq!(&*guest.node_name(), "a");
+        JobManager::of(&core).cancel_all().await;
+    });
+}

@@ -3,8 +3,9 @@
 //! Order rules:
 //! 1. the start is a cut: everything is dirty and the hook is in before the first write passes;
 //! 2. the hook runs under the node's claim, before the data: it lets the write go when the old
-//!    content of every granule it touches is in memory or copied; 3. a copy clears the bits before it
-//!    reads; 4. the target is durable before the end is announced.
+//!    content of every granule it touches is in memory or copied;
+//! 3. a copy clears the bits before it reads;
+//! 4. the target is durable before the end is announced.
 //!
 //! A target that fails never reaches the guest. Old content that a guest overwrote is written again
 //! by the policy of the job as long as the reserve holds it; beyond that the job fails.

@@ -2,10 +2,12 @@
 //!
 //! Order rules:
 //! 1. the hook sets dirty bits after the data and the mapping of a write, also of a failed one,
-//!    before the guest is answered; 2. the copy loop clears a bit before it reads; 3. `ready` is
-//!    announced after nothing was dirty or in flight and the target was flushed; 4. the end is one
-//!    cut of the source: gates closed, nothing in flight, last pass, target flushed, then (complete)
-//!    guests move to the target and the hook goes; 5. events after that.
+//!    before the guest is answered;
+//! 2. the copy loop clears a bit before it reads;
+//! 3. `ready` is announced after nothing was dirty or in flight and the target was flushed;
+//! 4. the end is one cut of the source: gates closed, nothing in flight, last pass, target flushed,
+//!    then (complete) guests move to the target and the hook goes;
+//! 5. events after that.
 //!
 //! A guest that writes faster than the target takes it cannot keep the job from its end: when
 //! little is left the gates close for the rest.
@@ -26,7 +28,7 @@ use crate::lifecycle::Ending;
 use crate::limits::{CUT_WAIT_NS, PIVOT_BYTES, PIVOT_BYTES_MAX, PIVOT_PATIENCE_NS};
 use crate::manager::JobManager;
 use crate::spec::{MirrorSpec, SyncMode};
-use crate::start::{Body, HookSlot, LastStep, Prepared, check_free, use_nodes};
+use crate::start::{Body, HookSlot, LastStep, Prepared, check_free, flush_ahead, use_nodes};
 use crate::txn::JobTxn;
 
 /// Starts a mirror.
@@ -175,6 +177,9 @@ impl Mirror {
     async fn finish(&self, ending: Ending) -> Result<bool> {
         let job = self.copy.job();
         let source = self.copy.source();
+        if job.unless_dead(flush_ahead(source), || self.copy.is_dead()).await.is_none() {
+            return self.copy.check().and(Err(JobError::Cancelled));
+        }
         let copy = Rc::clone(&self.copy);
         let last_pass = move |_: Rc<Graph>| -> LocalFuture<'static, EngineResult<()>> {
             Box::pin(async move { copy.last_pass().await })

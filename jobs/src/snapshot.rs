@@ -22,6 +22,7 @@ use liveblk_engine::{Error, ErrorKind};
 use crate::error::{JobError, Result, SnapshotError};
 use crate::limits::FINISH_TRIES;
 use crate::manager::JobManager;
+use crate::start::flush_ahead;
 
 /// Where the image of a new layer comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -184,8 +185,9 @@ impl PreparedSnapshot {
         vec![self.base.id(), self.overlay.id()]
     }
 
-    /// Gives a created file its name.
+    /// Gives a created file its name, and makes the flush inside the cut short.
     pub(crate) async fn publish(&mut self, core: &Core) -> Result<()> {
+        flush_ahead(&self.base).await;
         // What was true when it was prepared may have changed since.
         check_base(core, &self.base)?;
         match &mut self.origin {

@@ -12,7 +12,7 @@ use liveblk_engine::executor::Class;
 use liveblk_engine::executor::sync::{Either, select};
 use liveblk_engine::format::LocalFuture;
 use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
-use liveblk_engine::node::{HookId, Node, Permissions, Role, User, WriteHook};
+use liveblk_engine::node::{HookId, Node, Origin, Permissions, Role, User, WriteHook};
 
 use crate::copy::Copy;
 use crate::error::{JobError, Result};
@@ -68,6 +68,7 @@ impl HookSlot {
         let slot = Rc::clone(self);
         let removal = core.spawn(Class::Background, async move {
             while slot.id.get().is_some() && still_there(&slot.node) {
+                flush_ahead(&slot.node).await;
                 let inner = Rc::clone(&slot);
                 let part = cut_of(&slot.node, Swap::Local(Box::new(move |_| inner.remove())));
                 if let Err(error) = cut(slot.node.core(), vec![part], CUT_WAIT_NS).await {
@@ -82,6 +83,16 @@ impl HookSlot {
 
 fn still_there(node: &Rc<Node>) -> bool {
     Graph::of(node.core()).node(node.id()).is_some()
+}
+
+/// Flushes `node` while guests go on, so that the flush inside the cut that follows is short. Its
+/// failure is found there.
+pub(crate) async fn flush_ahead(node: &Rc<Node>) {
+    if node.is_writable()
+        && let Err(error) = node.flush(Origin::External).await
+    {
+        tracing::debug!(node = %node.name(), %error, "flush ahead of a cut");
+    }
 }
 
 /// A cut of one node.
@@ -115,6 +126,7 @@ impl Prepared {
     /// Starts a job that a command asked for alone.
     pub(crate) async fn start(self) -> Result<Rc<Job>> {
         let slot = Rc::clone(&self.slot);
+        flush_ahead(self.copy.source()).await;
         let part = cut_of(self.copy.source(), Swap::Local(Box::new(move |_| slot.install())));
         match cut(self.job().core(), vec![part], CUT_WAIT_NS).await {
             Ok(()) => Ok(self.commit()),

@@ -5,7 +5,7 @@ mod rig;
 
 use std::rc::Rc;
 
-use liveblk_engine::driver::sim::{FaultRule, HoldPoint, OpFilter, SimOpKind};
+use liveblk_engine::driver::sim::{FaultRule, HoldPoint, OpFilter};
 use liveblk_engine::executor::Core;
 use liveblk_engine::node::Node;
 use liveblk_jobs::lifecycle::IoStatus;

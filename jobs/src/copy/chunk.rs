@@ -46,6 +46,10 @@ impl Copy {
             let piece = GuestRange::new(at, (end - at).min(UNIT_DISK.max(self.largest_read())));
             at = piece.end().bytes();
             let Some(bytes) = self.fetch(&run, piece).await else { return };
+            #[cfg(feature = "planted-bugs")]
+            if self.clears_late(run.zero) {
+                self.todo.borrow_mut().clear_range(piece);
+            }
             if at == end {
                 run.region.read_done();
                 self.job.changed().notify_all();

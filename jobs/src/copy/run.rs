@@ -47,7 +47,9 @@ impl Copy {
             }
             let wait = self.delay();
             if wait > 0 {
+                job.set_busy(false);
                 job.nap(wait).await;
+                job.set_busy(true);
                 continue;
             }
             if !self.start_next() {
@@ -185,8 +187,19 @@ impl Copy {
     /// Claims `range` and clears its dirty bits.
     fn take(&self, range: GuestRange, zero: bool, urgent: bool) -> Option<Run> {
         let region = self.regions.claim(range)?;
+        #[cfg(feature = "planted-bugs")]
+        if self.clears_late(zero) {
+            return Some(Run { region, zero, urgent });
+        }
         self.todo.borrow_mut().clear_range(range);
         Some(Run { region, zero, urgent })
+    }
+
+    /// Whether the bits of a copy are cleared only after its read, a planted bug.
+    #[cfg(feature = "planted-bugs")]
+    pub(super) fn clears_late(&self, zero: bool) -> bool {
+        use liveblk_engine::planted::{Planted, has};
+        !zero && has(self.job.core(), Planted::BitClearedAfterRead)
     }
 
     /// Whether a guest write to `range` must wait for old content to be read.

@@ -182,7 +182,8 @@ impl Log {
                 });
                 let Some(count) = fits else {
                     panic!(
-                        "disk {disk} sector {sector}: {:?} fits none of {here:?}, allowed {allowed:?}, {from}..{to}",
+                        "disk {disk} sector {sector}: {:?} fits none of {here:?}, \
+                         allowed {allowed:?}, {from}..{to}",
                         &found[..8]
                     );
                 };
