@@ -7,7 +7,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod backend;
 pub mod cli;
+pub mod daemon;
 pub mod json;
 pub mod limits;
 pub mod monitor;

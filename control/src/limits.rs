@@ -30,3 +30,12 @@ pub const MONITOR_STACK_BYTES: usize = 16 << 20;
 
 /// Longest `name=value` list on the command line, in parameters.
 pub const OPTION_PARAMETERS_MAX: usize = 4096;
+
+/// Longest path of a unix socket, without its terminator.
+pub const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// Objects that may exist at a time.
+pub const OBJECTS_MAX: usize = 1024;
+
+/// Time that exports have at the end to go before the jobs, in nanoseconds.
+pub const EXPORTS_FIRST_NS: u64 = 200_000_000;

@@ -75,6 +75,11 @@ impl Exports {
         Ok(())
     }
 
+    /// Whether an NBD server runs.
+    pub fn has_server(&self) -> bool {
+        self.0.server.borrow().is_some()
+    }
+
     /// Stops the NBD server: all its exports are removed and its clients disconnected. Resolves
     /// when everything is gone.
     ///

@@ -14,6 +14,7 @@ mod pidfile;
 mod plan;
 mod qemuopts;
 
+pub(crate) use chardev::is_identifier;
 pub use chardev::{ChardevKind, ChardevSpec, SocketSpec, parse_chardev};
 pub use daemonize::{Launch, Readiness, launch};
 pub use getopt::{Given, Item, Opt, Scanner};

@@ -6,18 +6,21 @@
 
 use std::io;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use liveblk_engine::net::adopt_fd;
+use nix::sys::socket::{
+    AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
+};
+
 use super::system_text;
 use super::transport::StdStream;
 use crate::cli::{ChardevKind, ChardevSpec, SocketSpec};
-
-/// Longest path of a unix socket, without its terminator.
-const UNIX_PATH_BYTES_MAX: usize = 107;
+use crate::limits::UNIX_PATH_BYTES_MAX;
 
 /// An open chardev.
 #[derive(Debug)]
@@ -150,7 +153,14 @@ fn listen(
             let shown = shown.unwrap_or_else(|_| format!("tcp:{host}:{port}"));
             (Listener::Tcp(listener), None, shown)
         }
-        SocketSpec::Fd(fd) => return Err(inherited(*fd)),
+        SocketSpec::Fd(fd) => {
+            let socket = inherited(*fd, true)?;
+            let listener = match family(&socket) {
+                Some(AddressFamily::Unix) => Listener::Unix(socket.into()),
+                _ => Listener::Tcp(socket.into()),
+            };
+            (listener, None, format!("fd:{fd}"))
+        }
     };
     let mut first = None;
     if wait {
@@ -226,7 +236,13 @@ fn connect(address: &SocketSpec) -> Result<StdStream, String> {
                 .map(StdStream::Tcp)
                 .map_err(|e| format!("Failed to connect to '{host}:{port}': {}", system_text(&e)))
         }
-        SocketSpec::Fd(fd) => Err(inherited(*fd)),
+        SocketSpec::Fd(fd) => {
+            let socket = inherited(*fd, false)?;
+            Ok(match family(&socket) {
+                Some(AddressFamily::Unix) => StdStream::Unix(socket.into()),
+                _ => StdStream::Tcp(socket.into()),
+            })
+        }
     }
 }
 
@@ -240,6 +256,29 @@ fn resolve(
     (host_name, number).to_socket_addrs().map_err(|_| fail("Name or service not known"))
 }
 
-fn inherited(fd: i32) -> String {
-    format!("File descriptor '{fd}' cannot be used: this build takes no inherited descriptors")
+/// Takes over an inherited descriptor, which must be a stream socket that listens or not.
+fn inherited(number: i32, listens: bool) -> Result<OwnedFd, String> {
+    let fail = |why: &str| format!("File descriptor '{number}' cannot be used: {why}");
+    let socket = adopt_fd(number).map_err(|error| fail(&system_text(&error)))?;
+    match family(&socket) {
+        Some(AddressFamily::Unix | AddressFamily::Inet | AddressFamily::Inet6) => {}
+        _ => return Err(fail("it is no unix or TCP socket")),
+    }
+    match getsockopt(&socket, sockopt::AcceptConn) {
+        Ok(is_listening) if is_listening == listens => Ok(socket),
+        Ok(true) => Err(fail("it is a listening socket (server=on is missing)")),
+        _ => Err(fail("it is not a listening socket")),
+    }
+}
+
+fn family(socket: &OwnedFd) -> Option<AddressFamily> {
+    let name: SockaddrStorage = getsockname(std::os::fd::AsRawFd::as_raw_fd(socket)).ok()?;
+    name.family()
+}
+
+/// Takes over the listening socket whose number is `text`.
+pub(crate) fn adopt_listener(text: &str) -> Result<OwnedFd, String> {
+    let number =
+        text.parse().map_err(|_| format!("File descriptor named '{text}' has not been found"))?;
+    inherited(number, true)
 }

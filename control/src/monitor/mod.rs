@@ -19,6 +19,7 @@ mod stdio;
 mod transport;
 
 pub use backend::{Backend, EventSink, ReplySink};
+pub(crate) use chardev::adopt_listener;
 pub use chardev::{Chardev, Chardevs};
 pub use serve::{MonitorSetup, serve};
 

@@ -118,6 +118,14 @@ impl Graph {
         Node::use_by(node, user, permissions)
     }
 
+    /// Checks that a new node may have this name.
+    ///
+    /// # Errors
+    /// If the name is malformed, too long or in use.
+    pub fn check_name(&self, name: &str) -> Result<()> {
+        self.name_for(Some(name)).map(drop)
+    }
+
     /// A legal, free name: the given one, or a generated one.
     pub(super) fn name_for(&self, name: Option<&str>) -> Result<Rc<str>> {
         let Some(name) = name else {

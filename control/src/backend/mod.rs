@@ -1,0 +1,23 @@
+//! Commands on the engine.
+//!
+//! Owns: the one [`Control`] object on core 0 that executes typed commands, the events that jobs and
+//! exports cause, and the table of errors. Promises: every command is answered once; an event that
+//! is caused before an answer is delivered before it, because both leave from the same thread.
+//! Does not: parse, nor know a monitor.
+//!
+//! Order rules at the end: 1. exports stop taking requests; 2. jobs are ended by force, with their
+//! events; 3. the exports are gone; 4. the answer to `quit` leaves; 5. nodes are closed.
+
+mod control;
+mod errors;
+mod events;
+mod exports;
+mod handle;
+mod jobs;
+mod nodes;
+mod objects;
+mod queries;
+mod sockets;
+
+pub use errors::Failure;
+pub use handle::{EngineBackend, Settings};

@@ -1,0 +1,225 @@
+//! `blockdev-add` and `blockdev-del`.
+//!
+//! Owns: the translation of options into what the graph opens, with the inheritance of the peer (a
+//! child takes what it does not say from its parent), and what queries show that the engine has no
+//! use for. Does not: open or close; the graph does.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+use liveblk_engine::graph::{BackingSource, FileSource, FileSpec, GraphError, OpenNode};
+use liveblk_engine::node::{Node, NodeId, NodeOptions, Role, User};
+
+use super::control::{Control, Result};
+use super::errors::Failure;
+use crate::schema::{
+    AioMode, BlockdevOptions, BlockdevRef, DetectZeroes, Discard, DriverOptions, FileOptions,
+    OnOffAuto, Qcow2Options, RawOptions,
+};
+
+/// What queries show of nodes beyond what the engine knows.
+#[derive(Debug, Default)]
+pub(super) struct Extras(RefCell<BTreeMap<NodeId, DetectZeroes>>);
+
+impl Extras {
+    /// The option as it was given.
+    pub(super) fn detect_zeroes(&self, node: &Node) -> &'static str {
+        match self.0.borrow().get(&node.id()) {
+            None | Some(DetectZeroes::Off) => "off",
+            Some(DetectZeroes::On) => "on",
+            Some(DetectZeroes::Unmap) => "unmap",
+        }
+    }
+}
+
+/// What a child takes from its parent where it says nothing.
+#[derive(Debug, Clone, Copy, Default)]
+struct Inherited {
+    read_only: bool,
+    auto_read_only: bool,
+    force_share: bool,
+    direct: bool,
+    no_flush: bool,
+    /// Only the root of a command belongs to the monitor.
+    root: bool,
+}
+
+impl Control {
+    /// `blockdev-add`.
+    pub(super) async fn add_node(&self, options: BlockdevOptions) -> Result<()> {
+        if options.node.node_name.is_none() {
+            return Err(liveblk_engine::Error::from(GraphError::NameMissing).into());
+        }
+        let detect_zeroes = options.node.detect_zeroes;
+        let root = Inherited { root: true, ..Inherited::default() };
+        let node = self.graph.open(image(options, root)?).await?;
+        if detect_zeroes != DetectZeroes::Off {
+            self.extras.0.borrow_mut().insert(node.id(), detect_zeroes);
+        }
+        Ok(())
+    }
+
+    /// `blockdev-del`; the refusals in the peer's order.
+    pub(super) async fn remove_node(&self, name: &str) -> Result<()> {
+        let node = self.graph.find(name)?;
+        let users = node.users();
+        let fronts =
+            |user: &User| matches!(user, User::Guest { .. } | User::Job { role: Role::Target, .. });
+        let refusal = if users.iter().any(fronts) {
+            Some(GraphError::InUse(name.to_owned()))
+        } else {
+            users.iter().find_map(|user| blocker(name, user))
+        };
+        if let Some(refusal) = refusal {
+            return Err(liveblk_engine::Error::from(refusal).into());
+        }
+        if !node.is_monitor_owned() {
+            let refusal = GraphError::NotMonitorOwned(name.to_owned());
+            return Err(liveblk_engine::Error::from(refusal).into());
+        }
+        if !users.is_empty() {
+            return Err(Failure::generic(format!("Block device {name} is in use")));
+        }
+        self.graph.remove(&node).await?;
+        self.extras.0.borrow_mut().remove(&node.id());
+        Ok(())
+    }
+}
+
+/// Uses that the peer names in its refusal.
+fn blocker(name: &str, user: &User) -> Option<GraphError> {
+    match user {
+        User::Overlay { node: parent } => Some(GraphError::BusyAsChild {
+            node: name.to_owned(),
+            edge: "backing",
+            parent: parent.to_string(),
+        }),
+        User::Job { kind, .. } => {
+            Some(GraphError::BusyWithJob { node: name.to_owned(), kind: (*kind).to_owned() })
+        }
+        _ => None,
+    }
+}
+
+/// The options of a node with what it inherits, checked for what never works together.
+fn settle(options: &BlockdevOptions, parent: Inherited) -> Result<(Inherited, NodeOptions)> {
+    let node = &options.node;
+    let own = Inherited {
+        read_only: node.read_only.unwrap_or(parent.read_only),
+        auto_read_only: node.auto_read_only.unwrap_or(parent.auto_read_only),
+        force_share: node.force_share.unwrap_or(parent.force_share),
+        direct: node.cache.direct.unwrap_or(parent.direct),
+        no_flush: node.cache.no_flush.unwrap_or(parent.no_flush),
+        root: false,
+    };
+    // Formats send discards only where they may, so a child of one passes them on.
+    let default = if parent.root { Discard::Ignore } else { Discard::Unmap };
+    let discard_unmap = node.discard.unwrap_or(default) == Discard::Unmap;
+    if node.active == Some(false) {
+        return Err(Failure::generic("Inactive nodes are not supported by this version"));
+    }
+    if own.force_share && !own.read_only {
+        return Err(Failure::generic("force-share=on can only be used with read-only images"));
+    }
+    if node.detect_zeroes == DetectZeroes::Unmap && !discard_unmap {
+        return Err(Failure::generic(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to \
+             unmap",
+        ));
+    }
+    Ok((own, NodeOptions { discard_unmap, direct: own.direct, no_flush: own.no_flush }))
+}
+
+/// A node of any driver.
+fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
+    let (own, node_options) = settle(&options, parent)?;
+    let mut open = match options.driver {
+        DriverOptions::File(file) => {
+            let mut open = OpenNode::new("file", "");
+            open.file = FileSource::Open(file_spec(&file, own)?);
+            open
+        }
+        DriverOptions::Raw(raw) => raw_image(raw, own)?,
+        DriverOptions::Qcow2(qcow2) => qcow2_image(*qcow2, own)?,
+    };
+    open.name = options.node.node_name;
+    open.writable = !own.read_only;
+    open.auto_read_only |= own.auto_read_only;
+    open.force_share |= own.force_share;
+    open.options = node_options;
+    open.monitor_owned = parent.root;
+    Ok(open)
+}
+
+fn raw_image(raw: RawOptions, own: Inherited) -> Result<OpenNode> {
+    let positive = |name: &str, value: i64| {
+        u64::try_from(value).map_err(|_| {
+            let rule = "expects a non-negative number below 2^64";
+            Failure::generic(format!("Parameter '{name}' {rule}"))
+        })
+    };
+    let mut open = OpenNode::new("raw", "");
+    open.raw_offset = raw.offset.map_or(Ok(0), |offset| positive("offset", offset))?;
+    open.raw_size = raw.size.map(|size| positive("size", size)).transpose()?;
+    place(&mut open, raw.file, own)?;
+    open.backing = BackingSource::None;
+    Ok(open)
+}
+
+fn qcow2_image(qcow2: Qcow2Options, own: Inherited) -> Result<OpenNode> {
+    let mut open = OpenNode::new("qcow2", "");
+    place(&mut open, qcow2.file, own)?;
+    open.backing = match qcow2.backing {
+        None => BackingSource::FromHeader,
+        Some(BlockdevRef::Null) => BackingSource::None,
+        // The peer accepts the empty name for "none".
+        Some(BlockdevRef::Name(name)) if name.is_empty() => BackingSource::None,
+        Some(BlockdevRef::Name(name)) => BackingSource::Node(name),
+        Some(BlockdevRef::Definition(options)) => {
+            let below = Inherited { read_only: true, ..own };
+            BackingSource::Open(Box::new(image(*options, below)?))
+        }
+    };
+    Ok(open)
+}
+
+/// What holds an image.
+fn place(open: &mut OpenNode, file: BlockdevRef, own: Inherited) -> Result<()> {
+    let definition = match file {
+        BlockdevRef::Name(name) => {
+            open.file = FileSource::Node(name);
+            return Ok(());
+        }
+        BlockdevRef::Null => return Err(Failure::generic("Parameter 'file' is missing")),
+        BlockdevRef::Definition(definition) => definition,
+    };
+    let (child, child_options) = settle(&definition, own)?;
+    let DriverOptions::File(file) = &definition.driver else {
+        return Err(Failure::generic(
+            "An image lies in a node of driver 'file'; other drivers cannot hold one",
+        ));
+    };
+    if child.read_only && !own.read_only && !child.auto_read_only {
+        return Err(liveblk_engine::Error::from(GraphError::ReadOnly).into());
+    }
+    let mut spec = file_spec(file, child)?;
+    spec.name = definition.node.node_name;
+    spec.options = Some(child_options);
+    open.auto_read_only = child.auto_read_only && own.auto_read_only;
+    open.force_share = child.force_share;
+    open.file = FileSource::Open(spec);
+    Ok(())
+}
+
+fn file_spec(file: &FileOptions, own: Inherited) -> Result<FileSpec> {
+    if file.aio == AioMode::Native && !own.direct {
+        return Err(Failure::generic(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ));
+    }
+    Ok(FileSpec {
+        path: file.filename.as_str().into(),
+        no_locking: file.locking == OnOffAuto::Off,
+        ..FileSpec::default()
+    })
+}

@@ -1,0 +1,271 @@
+//! What queries answer.
+//!
+//! Owns: the shape of the answers, which is the peer's. Promises: an answer shows one instant; it
+//! does no I/O. Numbers of requests are not counted per node and are zero.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use liveblk_engine::format::{BackingRef, InfoValue};
+use liveblk_engine::node::Node;
+use serde_json::{Map, Value, json};
+
+use super::control::Control;
+
+impl Control {
+    /// `query-named-block-nodes`: newest first.
+    pub(super) fn named_block_nodes(&self, flat: bool) -> Value {
+        self.graph.nodes().iter().map(|node| self.block_device(node, flat)).collect()
+    }
+
+    fn block_device(&self, node: &Rc<Node>, flat: bool) -> Value {
+        let options = node.options();
+        let mut info = Map::new();
+        info.insert("iops_rd".to_owned(), json!(0));
+        info.insert("detect_zeroes".to_owned(), json!(self.extras.detect_zeroes(node)));
+        info.insert("active".to_owned(), json!(true));
+        info.insert("image".to_owned(), image_info(node, flat));
+        info.insert("iops_wr".to_owned(), json!(0));
+        info.insert("ro".to_owned(), json!(!node.is_writable()));
+        info.insert("node-name".to_owned(), json!(&*node.name()));
+        let mut depth = 0;
+        if let Some(backing) = node.backing() {
+            info.insert("backing_file".to_owned(), json!(backing.filename()));
+            if !flat {
+                depth = depth_below(node);
+            }
+        }
+        info.insert("backing_file_depth".to_owned(), json!(depth));
+        info.insert("drv".to_owned(), json!(node.driver()));
+        for name in ["iops", "bps_wr", "write_threshold"] {
+            info.insert(name.to_owned(), json!(0));
+        }
+        info.insert("encrypted".to_owned(), json!(false));
+        info.insert("bps".to_owned(), json!(0));
+        info.insert("bps_rd".to_owned(), json!(0));
+        let cache = json!({
+            "no-flush": options.no_flush,
+            "direct": options.direct,
+            "writeback": true,
+        });
+        info.insert("cache".to_owned(), cache);
+        info.insert("file".to_owned(), json!(node.filename()));
+        Value::Object(info)
+    }
+
+    /// `query-blockstats`: one row per node, or per device, of which there are none.
+    pub(super) fn block_stats(&self, query_nodes: bool) -> Value {
+        if !query_nodes {
+            return Value::Array(Vec::new());
+        }
+        self.graph.nodes().iter().map(stats).collect()
+    }
+
+    /// `query-jobs`.
+    pub(super) fn query_jobs(&self) -> Value {
+        let row = |job: &liveblk_jobs::JobInfo| {
+            let mut row = json!({
+                "current-progress": job.current,
+                "status": job.status.name(),
+                "total-progress": job.total,
+                "type": job.kind.name(),
+                "id": &*job.id,
+            });
+            insert_some(&mut row, "error", job.error.as_deref().map(Value::from));
+            row
+        };
+        self.jobs.query().iter().map(row).collect()
+    }
+
+    /// `query-block-jobs`.
+    pub(super) fn query_block_jobs(&self) -> Value {
+        let row = |job: &liveblk_jobs::BlockJobInfo| {
+            let mut row = json!({
+                "auto-finalize": job.auto_finalize,
+                "io-status": job.io_status.name(),
+                "device": &*job.facts.id,
+                "auto-dismiss": job.auto_dismiss,
+                "busy": job.busy,
+                "len": job.facts.len,
+                "offset": job.facts.offset,
+                "status": job.status.name(),
+                "paused": job.paused,
+                "speed": job.facts.speed,
+                "ready": job.ready,
+                "type": job.facts.kind.name(),
+            });
+            insert_some(&mut row, "error", job.error.as_deref().map(Value::from));
+            insert_some(&mut row, "actively-synced", job.actively_synced.map(Value::from));
+            row
+        };
+        self.jobs.query_block().iter().map(row).collect()
+    }
+
+    /// `query-block-exports`.
+    pub(super) fn query_exports(&self) -> Value {
+        let row = |export: &liveblk_exports::ExportInfo| {
+            json!({
+                "node-name": export.node_name,
+                "shutting-down": export.shutting_down,
+                "type": export.kind,
+                "id": export.id,
+            })
+        };
+        self.exports.list().iter().map(row).collect()
+    }
+}
+
+fn insert_some(row: &mut Value, name: &str, value: Option<Value>) {
+    if let (Some(members), Some(value)) = (row.as_object_mut(), value) {
+        members.insert(name.to_owned(), value);
+    }
+}
+
+fn depth_below(node: &Rc<Node>) -> u32 {
+    let mut depth = 0;
+    let mut below = node.backing();
+    while let Some(node) = below {
+        depth += 1;
+        below = node.backing();
+    }
+    depth
+}
+
+/// `ImageInfo` of a node; without `flat` the images below are nested in it.
+fn image_info(node: &Rc<Node>, flat: bool) -> Value {
+    let mut layers = vec![one_image(node)];
+    let mut below = node.backing().filter(|_| !flat);
+    while let Some(node) = below {
+        layers.push(one_image(&node));
+        below = node.backing();
+    }
+    // From the base up, so that a deep chain needs no deep stack here.
+    let mut nested = None;
+    while let Some(mut image) = layers.pop() {
+        insert_some(&mut image, "backing-image", nested.take());
+        nested = Some(image);
+    }
+    nested.unwrap_or_default()
+}
+
+fn one_image(node: &Rc<Node>) -> Value {
+    let info = node.info();
+    // A file may have grown since it was opened.
+    let size = match node.driver() {
+        "file" => node.format().data_storage().size(),
+        _ => info.virtual_size,
+    };
+    let filename = node.filename();
+    let mut image = json!({"virtual-size": size, "filename": filename});
+    if let Some(bytes) = info.cluster_size.filter(|bytes| *bytes > 1) {
+        insert_some(&mut image, "cluster-size", Some(bytes.into()));
+    }
+    insert_some(&mut image, "format", Some(node.driver().into()));
+    if node.driver() == "qcow2" {
+        let specific = specific("qcow2", &info.specific);
+        insert_some(&mut image, "format-specific", Some(specific));
+        insert_some(&mut image, "dirty-flag", Some(info.dirty.into()));
+    }
+    if let Some(BackingRef { file, format }) = info.backing {
+        let full = full_name(&filename, &file);
+        insert_some(&mut image, "full-backing-filename", Some(full.into()));
+        insert_some(&mut image, "backing-filename", Some(file.into()));
+        insert_some(&mut image, "backing-filename-format", format.map(Value::from));
+    }
+    image
+}
+
+fn specific(kind: &str, facts: &[(&'static str, InfoValue)]) -> Value {
+    let mut data = Map::new();
+    for (name, value) in facts {
+        let value = match value {
+            InfoValue::Text(text) => Value::from(text.as_str()),
+            InfoValue::Number(number) => Value::from(*number),
+            InfoValue::Flag(flag) => Value::from(*flag),
+        };
+        data.insert((*name).to_owned(), value);
+    }
+    json!({"type": kind, "data": data})
+}
+
+/// A reference of a header as a path: relative ones start at the image's folder.
+fn full_name(image: &str, reference: &str) -> String {
+    let protocol = reference.find([':', '/']).is_some_and(|at| reference[at..].starts_with(':'));
+    if protocol || reference.starts_with('/') {
+        return reference.to_owned();
+    }
+    let folder = Path::new(image).parent().map(PathBuf::from).unwrap_or_default();
+    folder.join(reference).display().to_string()
+}
+
+/// `BlockStats` of a node and of what holds it.
+fn stats(node: &Rc<Node>) -> Value {
+    let mut row = one_stats(node);
+    insert_some(&mut row, "parent", node.file().map(|file| one_stats(&file)));
+    row
+}
+
+fn one_stats(node: &Rc<Node>) -> Value {
+    let mut counters = Map::new();
+    for name in COUNTERS {
+        counters.insert((*name).to_owned(), json!(0));
+    }
+    counters.insert("account_invalid".to_owned(), json!(false));
+    counters.insert("account_failed".to_owned(), json!(false));
+    let mut row = json!({"stats": counters, "node-name": &*node.name()});
+    let file = (node.driver() == "file").then(|| {
+        json!({
+            "driver": "file",
+            "discard-nb-ok": 0,
+            "discard-nb-failed": 0,
+            "discard-bytes-ok": 0,
+        })
+    });
+    insert_some(&mut row, "driver-specific", file);
+    row
+}
+
+static COUNTERS: &[&str] = &[
+    "unmap_operations",
+    "unmap_merged",
+    "failed_zone_append_operations",
+    "flush_total_time_ns",
+    "wr_highest_offset",
+    "wr_total_time_ns",
+    "failed_wr_operations",
+    "failed_rd_operations",
+    "zone_append_merged",
+    "wr_merged",
+    "wr_bytes",
+    "zone_append_bytes",
+    "failed_unmap_operations",
+    "failed_flush_operations",
+    "rd_merged",
+    "rd_bytes",
+    "unmap_total_time_ns",
+    "invalid_flush_operations",
+    "flush_operations",
+    "zone_append_total_time_ns",
+    "zone_append_operations",
+    "invalid_zone_append_operations",
+    "wr_operations",
+    "rd_operations",
+    "rd_total_time_ns",
+    "invalid_wr_operations",
+    "invalid_unmap_operations",
+    "unmap_bytes",
+    "invalid_rd_operations",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_references_start_at_the_folder_of_the_image() {
+        assert_eq!(full_name("/a/b.qcow2", "c.qcow2"), "/a/c.qcow2");
+        assert_eq!(full_name("/a/b.qcow2", "/c.qcow2"), "/c.qcow2");
+        assert_eq!(full_name("b.qcow2", "c.qcow2"), "c.qcow2");
+        assert_eq!(full_name("/a/b.qcow2", "nbd://x/y"), "nbd://x/y");
+    }
+}
