@@ -104,6 +104,7 @@ fn a_cut_moves_a_disk_between_writes() {
         let part = CutPart {
             core: core.id(),
             nodes: vec![from, to],
+            flush: false,
             before_swap: None,
             swap: Swap::Local(Box::new(move |graph: &Rc<Graph>| graph.repoint(from, to))),
         };

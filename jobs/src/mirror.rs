@@ -28,7 +28,7 @@ use crate::lifecycle::Ending;
 use crate::limits::{CUT_WAIT_NS, PIVOT_BYTES, PIVOT_BYTES_MAX, PIVOT_PATIENCE_NS};
 use crate::manager::JobManager;
 use crate::spec::{MirrorSpec, SyncMode};
-use crate::start::{Body, HookSlot, LastStep, Prepared, check_free, flush_ahead, use_nodes};
+use crate::start::{Body, HookSlot, LastStep, Prepared, check_free, use_nodes};
 use crate::txn::JobTxn;
 
 /// Starts a mirror.
@@ -177,9 +177,6 @@ impl Mirror {
     async fn finish(&self, ending: Ending) -> Result<bool> {
         let job = self.copy.job();
         let source = self.copy.source();
-        if job.unless_dead(flush_ahead(source), || self.copy.is_dead()).await.is_none() {
-            return self.copy.check().and(Err(JobError::Cancelled));
-        }
         let copy = Rc::clone(&self.copy);
         let last_pass = move |_: Rc<Graph>| -> LocalFuture<'static, EngineResult<()>> {
             Box::pin(async move { copy.last_pass().await })
@@ -201,6 +198,7 @@ impl Mirror {
         let part = CutPart {
             core: source.core().id(),
             nodes: vec![source.id()],
+            flush: false,
             before_swap: Some(Box::new(last_pass)),
             swap: Swap::Local(Box::new(swap)),
         };

@@ -68,7 +68,6 @@ impl HookSlot {
         let slot = Rc::clone(self);
         let removal = core.spawn(Class::Background, async move {
             while slot.id.get().is_some() && still_there(&slot.node) {
-                flush_ahead(&slot.node).await;
                 let inner = Rc::clone(&slot);
                 let part = cut_of(&slot.node, Swap::Local(Box::new(move |_| inner.remove())));
                 if let Err(error) = cut(slot.node.core(), vec![part], CUT_WAIT_NS).await {
@@ -95,9 +94,15 @@ pub(crate) async fn flush_ahead(node: &Rc<Node>) {
     }
 }
 
-/// A cut of one node.
+/// A cut of one node that goes on being written.
 pub(crate) fn cut_of(node: &Rc<Node>, swap: Swap) -> CutPart {
-    CutPart { core: node.core().id(), nodes: vec![node.id()], before_swap: None, swap }
+    CutPart {
+        core: node.core().id(),
+        nodes: vec![node.id()],
+        flush: false,
+        before_swap: None,
+        swap,
+    }
 }
 
 impl Prepared {
@@ -126,7 +131,6 @@ impl Prepared {
     /// Starts a job that a command asked for alone.
     pub(crate) async fn start(self) -> Result<Rc<Job>> {
         let slot = Rc::clone(&self.slot);
-        flush_ahead(self.copy.source()).await;
         let part = cut_of(self.copy.source(), Swap::Local(Box::new(move |_| slot.install())));
         match cut(self.job().core(), vec![part], CUT_WAIT_NS).await {
             Ok(()) => Ok(self.commit()),

@@ -277,7 +277,8 @@ async fn publish_and_cut(
                 step.swap(graph);
             }
         };
-        CutPart { core: home, nodes, before_swap: None, swap: Swap::Remote(Box::new(swap)) }
+        let swap = Swap::Remote(Box::new(swap));
+        CutPart { core: home, nodes, flush: true, before_swap: None, swap }
     };
     cut(core, parts.into_iter().map(part).collect(), CUT_WAIT_NS).await?;
     Ok(())

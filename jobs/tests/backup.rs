@@ -294,6 +294,7 @@ fn copy_before_write_goes_on_into_a_drained_target_and_a_paused_job() {
         let part = CutPart {
             core: core.id(),
             nodes: vec![t.id()],
+            flush: false,
             before_swap: Some(Box::new(move |_| {
                 Box::pin(async move {
                     assert!(drained.is_drained());
@@ -425,6 +426,7 @@ fn a_cut_of_the_source_in_the_middle_of_a_backup_is_short() {
                 let part = CutPart {
                     core: core.id(),
                     nodes: vec![d.id()],
+                    flush: false,
                     before_swap: None,
                     swap: Swap::Local(Box::new(|_| {})),
                 };

@@ -2,7 +2,8 @@
 //!
 //! Order: (1) take the change permits of all graphs concerned, ascending by core; (2) close the
 //! gates of all nodes on all cores; (3) wait until nothing is in flight on any of them; (4) flush
-//! the written nodes; (5) `before_swap` of each part (may do I/O of derived origin, may fail);
+//! the written nodes of parts that ask for it; (5) `before_swap` of each part (may do I/O of
+//! derived origin, may fail);
 //! (6) every swap, synchronous, cannot fail; (7) when all cores have swapped, open the gates;
 //! (8) give the permits back. A failure or a passed deadline before (6) reopens the gates and
 //! nothing was changed.
@@ -39,6 +40,9 @@ pub struct CutPart {
     pub core: CoreId,
     /// The nodes: everything that is written or re-pointed.
     pub nodes: Vec<NodeId>,
+    /// Whether the nodes are flushed: where one of them stops being written (a snapshot), not where
+    /// only hooks or attachments change.
+    pub flush: bool,
     /// Runs before any swap, only for parts on the coordinating core.
     pub before_swap: Option<BeforeSwap>,
     /// The change itself.
@@ -74,9 +78,9 @@ async fn coordinate(core: &Core, mut parts: Vec<CutPart>, deadline_ns: u64) -> R
     for id in &cores {
         on_core(core, *id, |graph| async move { graph.changes.acquire(1).await }).await?;
     }
-    let closed: Vec<(CoreId, Vec<NodeId>)> =
-        parts.iter().map(|part| (part.core, part.nodes.clone())).collect();
-    for (id, nodes) in closed.clone() {
+    let closed: Vec<(CoreId, Vec<NodeId>, bool)> =
+        parts.iter().map(|part| (part.core, part.nodes.clone(), part.flush)).collect();
+    for (id, nodes, _) in closed.clone() {
         on_core(core, id, move |graph| async move { close_gates(&graph, &nodes) }).await?;
     }
     let prepared = prepare(core, &closed, &mut parts, deadline_ns).await;
@@ -85,7 +89,7 @@ async fn coordinate(core: &Core, mut parts: Vec<CutPart>, deadline_ns: u64) -> R
             swap(core, part).await?;
         }
     }
-    for (id, nodes) in closed {
+    for (id, nodes, _) in closed {
         on_core(core, id, move |graph| async move { open_gates(&graph, &nodes) }).await?;
     }
     for id in cores {
@@ -97,13 +101,14 @@ async fn coordinate(core: &Core, mut parts: Vec<CutPart>, deadline_ns: u64) -> R
 /// Steps (3) to (5).
 async fn prepare(
     core: &Core,
-    closed: &[(CoreId, Vec<NodeId>)],
+    closed: &[(CoreId, Vec<NodeId>, bool)],
     parts: &mut [CutPart],
     deadline_ns: u64,
 ) -> Result<()> {
-    for (id, nodes) in closed.iter().cloned() {
-        let quiet =
-            move |graph: Rc<Graph>| async move { quiesce(&graph, &nodes, deadline_ns).await };
+    for (id, nodes, flush) in closed.iter().cloned() {
+        let quiet = move |graph: Rc<Graph>| async move {
+            quiesce(&graph, &nodes, flush, deadline_ns).await
+        };
         on_core(core, id, quiet).await??;
     }
     for part in parts {
@@ -157,8 +162,8 @@ fn open_gates(graph: &Rc<Graph>, ids: &[NodeId]) {
     nodes_of(graph, ids).for_each(|node| node.gate().open());
 }
 
-/// Waits until nothing is in flight on the nodes, then flushes those that are written.
-async fn quiesce(graph: &Rc<Graph>, ids: &[NodeId], deadline_ns: u64) -> Result<()> {
+/// Waits until nothing is in flight on the nodes, then flushes those that are written if asked.
+async fn quiesce(graph: &Rc<Graph>, ids: &[NodeId], flush: bool, deadline_ns: u64) -> Result<()> {
     let core = graph.core();
     let deadline = core.now().saturating_add(deadline_ns);
     for node in nodes_of(graph, ids) {
@@ -173,7 +178,7 @@ async fn quiesce(graph: &Rc<Graph>, ids: &[NodeId], deadline_ns: u64) -> Result<
         }
     }
     for node in nodes_of(graph, ids) {
-        if node.is_writable() && !node.options().no_flush {
+        if flush && node.is_writable() && !node.options().no_flush {
             node.format().flush().await.map_err(|error| error.on(&node.name()))?;
         }
     }

@@ -231,8 +231,13 @@ impl Copy {
         }
     }
 
-    /// Starts a copy that a guest waits for; false if the reserve is used up.
+    /// Starts a copy that a guest waits for; false if the reserve is used up or a copy there is about
+    /// to end.
     fn start_before_write(self: &Rc<Self>, range: GuestRange) -> bool {
+        if self.regions.overlap(range).is_some() {
+            // Looked at first: a flight taken and given back would wake the caller for ever.
+            return false;
+        }
         if !self.reserve(range.len) {
             if self.parked.get() > 0 {
                 // The target does not take what is held already: the guest must not wait for it.
