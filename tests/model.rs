@@ -84,7 +84,7 @@ impl Sums {
 fn guests_read_what_they_wrote_and_keep_what_they_flushed() {
     let peer = judge::has_peer();
     if let Some(seed) = number(["LIVEBLK_SEED", "MODEL_SEED"]) {
-        let outcome = run_seed(seed, Settings { ask_peer: peer }).expect("the seed passes");
+        let outcome = run_seed(seed, Settings::with_peer(peer)).expect("the seed passes");
         println!("seed {seed}: {outcome:?}");
         return;
     }
@@ -103,7 +103,7 @@ fn guests_read_what_they_wrote_and_keep_what_they_flushed() {
                         return;
                     }
                     let ask_peer = peer && seed.is_multiple_of(PEER_EVERY);
-                    let outcome = run_seed(seed, Settings { ask_peer });
+                    let outcome = run_seed(seed, Settings::with_peer(ask_peer));
                     sums.lock().unwrap().add(seed, outcome);
                 }
             });

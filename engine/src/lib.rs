@@ -8,7 +8,8 @@
 //! - [`format`]: what an image format owes the engine;
 //! - [`node`]: requests on a node: gate, claims, hooks, compiled path;
 //! - [`graph`]: nodes by name, permissions, attachments, cuts;
-//! - [`bitmap`]: dirty tracking.
+//! - [`bitmap`]: dirty tracking;
+//! - `planted`: rules left out on purpose, for tests of the tests (a feature of theirs).
 
 pub mod address;
 pub mod bitmap;
@@ -22,6 +23,8 @@ pub mod lease;
 pub mod limits;
 pub mod net;
 pub mod node;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
 pub mod ranges;
 pub mod storage;
 

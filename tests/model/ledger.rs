@@ -5,10 +5,14 @@
 //! began; writes that overlapped in time may have happened in either order. A failed or abandoned
 //! write, and a discard, may have had an effect in each block or not.
 //!
+//! Writes that overlap in range and time happen one after the other: all of one, then all of the
+//! other. So where both have ended, one of them shows in the whole overlap.
+//!
 //! After a power cut only durable writes supersede: those that ended before an answered flush was
 //! sent, and answered writes with FUA.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::pattern::Value;
@@ -47,6 +51,8 @@ struct Change {
     end: Tick,
     sure: bool,
     durable: bool,
+    /// Not a write: what a read found.
+    seen: bool,
 }
 
 /// Names a change of one disk.
@@ -65,16 +71,19 @@ pub(crate) struct Ledger {
     clock: Rc<Clock>,
     changes: RefCell<Vec<Change>>,
     blocks: RefCell<Vec<Vec<u32>>>,
+    /// Pairs of overlapping writes: the first happened before the second.
+    orders: RefCell<HashSet<(u32, u32)>>,
 }
 
 impl Ledger {
     /// A disk of `blocks` zero blocks.
     pub(crate) fn new(clock: &Rc<Clock>, blocks: usize) -> Rc<Self> {
-        let zeroes = Change { value: 0, begin: 0, end: 0, sure: true, durable: true };
+        let zeroes = Change { value: 0, begin: 0, end: 0, sure: true, durable: true, seen: false };
         Rc::new(Self {
             clock: Rc::clone(clock),
             changes: RefCell::new(vec![zeroes]),
             blocks: RefCell::new(vec![vec![0]; blocks]),
+            orders: RefCell::default(),
         })
     }
 
@@ -86,7 +95,8 @@ impl Ledger {
     /// A change of blocks `first..first + count` to `value` begins.
     pub(crate) fn begin(&self, value: Value, first: usize, count: usize) -> ChangeId {
         let begin = self.clock.tick();
-        self.add(Change { value, begin, end: NEVER, sure: false, durable: false }, first, count)
+        let (end, sure, durable, seen) = (NEVER, false, false, false);
+        self.add(Change { value, begin, end, sure, durable, seen }, first, count)
     }
 
     fn add(&self, change: Change, first: usize, count: usize) -> ChangeId {
@@ -138,7 +148,7 @@ impl Ledger {
     fn describe(&self, block: usize) -> String {
         let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
         let show = |index: &u32| {
-            let Change { value, begin, end, sure, durable } = changes[*index as usize];
+            let Change { value, begin, end, sure, durable, .. } = changes[*index as usize];
             let end = if end == NEVER { "..".to_owned() } else { end.to_string() };
             let sure = if sure { "" } else { "?" };
             let durable = if durable { "!" } else { "" };
@@ -165,7 +175,34 @@ impl Ledger {
                     self.describe(block)
                 ));
             }
+            self.learn_order(block, *value, window.from)?;
             self.observe(block, *value, window);
+        }
+        Ok(())
+    }
+
+    /// `block` shows write `value`, so overlapping writes that ended before `at` happened before it.
+    fn learn_order(&self, block: usize, value: Value, at: Tick) -> Result<(), String> {
+        let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
+        let known = || {
+            let all = blocks[block].iter().map(|index| (*index, &changes[*index as usize]));
+            all.filter(|(_, change)| change.sure && !change.seen && change.end < at)
+        };
+        let Some((shown, write)) = known().find(|(_, change)| value != 0 && change.value == value)
+        else {
+            return Ok(());
+        };
+        let mut orders = self.orders.borrow_mut();
+        for (other, _) in known().filter(|(id, o)| *id != shown && o.end >= write.begin) {
+            orders.insert((other, shown));
+            if orders.contains(&(shown, other)) {
+                return Err(format!(
+                    "block {block} shows write {value}, another block that it shares with {:?} \
+                     shows that one; it has {}",
+                    changes[other as usize],
+                    self.describe(block)
+                ));
+            }
         }
         Ok(())
     }
@@ -185,7 +222,8 @@ impl Ledger {
         };
         if others {
             let Window { from, to } = window;
-            let seen = Change { value, begin: from, end: to, sure: true, durable: false };
+            let seen =
+                Change { value, begin: from, end: to, sure: true, durable: false, seen: true };
             self.add(seen, block, 1);
         }
     }
@@ -288,6 +326,15 @@ mod ledger_rules {
         ledger.end(first, true, false);
         assert!(ledger.read(0, &[2], now(&clock)).is_ok());
         assert!(ledger.read(0, &[1], now(&clock)).is_err(), "the block was seen to hold 2");
+    }
+
+    #[test]
+    fn overlapping_writes_are_not_mixed() {
+        let (clock, ledger) = disk();
+        let (first, second) = (ledger.begin(1, 0, 2), ledger.begin(2, 0, 2));
+        ledger.end(second, true, false);
+        ledger.end(first, true, false);
+        assert!(ledger.read(0, &[2, 1], now(&clock)).is_err());
     }
 
     #[test]

@@ -24,6 +24,19 @@ pub(crate) struct Outcome {
 pub(crate) struct Settings {
     /// Whether `qemu-img` looks at the first cut.
     pub(crate) ask_peer: bool,
+    /// A rule that is left out.
+    #[cfg(feature = "planted-bugs")]
+    pub(crate) planted: Option<liveblk::engine::planted::Planted>,
+}
+
+impl Settings {
+    /// With `qemu-img` as a second judge or not.
+    #[allow(dead_code, reason = "not every test has the choice")]
+    pub(crate) fn with_peer(ask_peer: bool) -> Self {
+        let mut settings = Self::default();
+        settings.ask_peer = ask_peer;
+        settings
+    }
 }
 
 /// Runs `seed`.
@@ -32,7 +45,13 @@ pub(crate) struct Settings {
 /// If something is wrong.
 pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
     let plan = Plan::new(seed);
-    let Start { mut sim, world } = Start::new(plan.clone());
+    let mut setup = Start::new(plan.clone());
+    #[cfg(feature = "planted-bugs")]
+    if let Some(bug) = settings.planted {
+        liveblk::engine::planted::plant(&setup.sim.core(0), bug);
+    }
+    let world = setup.open();
+    let Start { mut sim, .. } = setup;
     start_tasks(&world);
     let mut outcome = Outcome::default();
     for (index, (requests, steps)) in (0..).zip(&plan.cuts) {

@@ -43,6 +43,9 @@ pub(crate) struct Kept {
     pub(crate) window: Window,
 }
 
+/// Steps after which a world counts as hanging; a usual one takes 50,000.
+const STEPS_MAX: u64 = 2_000_000;
+
 /// How many results are looked at after each cut.
 const KEPT_MAX: usize = 4;
 
@@ -168,20 +171,28 @@ async fn write_for_sure(disk: &Disk, ledger: &Ledger, clock: &Clock, first: u64,
 /// A world that is about to run.
 pub(crate) struct Start {
     pub(crate) sim: Sim,
-    pub(crate) world: Rc<World>,
+    plan: Plan,
+    clock: Rc<Clock>,
+    ledgers: Vec<Rc<Ledger>>,
 }
 
 impl Start {
-    /// Makes the disks of `plan` and opens them.
+    /// Makes the disks of `plan`.
     pub(crate) fn new(plan: Plan) -> Self {
         let clock = Rc::new(Clock::default());
         let ledgers: Vec<_> =
             plan.disks.iter().map(|disk| Ledger::new(&clock, disk.blocks())).collect();
         let fs = Self::make_images(&plan, &clock, &ledgers);
-        let mut sim = Sim::with_fs(SimConfig::new(plan.seed), fs);
-        let setup = plan.clone();
-        let world = sim.block_on(0, |core| World::open(core, setup, clock, ledgers));
-        Self { sim, world }
+        let config = SimConfig { steps_max: STEPS_MAX, ..SimConfig::new(plan.seed) };
+        let sim = Sim::with_fs(config, fs);
+        Self { sim, plan, clock, ledgers }
+    }
+
+    /// Opens the disks.
+    pub(crate) fn open(&mut self) -> Rc<World> {
+        let (plan, clock, ledgers) =
+            (self.plan.clone(), Rc::clone(&self.clock), self.ledgers.clone());
+        self.sim.block_on(0, |core| World::open(core, plan, clock, ledgers))
     }
 
     fn make_images(plan: &Plan, clock: &Rc<Clock>, ledgers: &[Rc<Ledger>]) -> SimFs {

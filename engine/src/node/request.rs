@@ -135,6 +135,10 @@ pub(super) fn start_write(
                 before.await?;
             }
         }
+        #[cfg(feature = "planted-bugs")]
+        let claim =
+            (!crate::planted::has(node.core(), crate::planted::Planted::ClaimReleasedEarly))
+                .then_some(claim);
         let result = transfer::write(&path, pool, range, &buf, data_fua).await;
         for (_, hook) in hooks.iter() {
             hook.after_write(range);

@@ -21,6 +21,8 @@ use std::rc::Rc;
 
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::{Class, Core};
+#[cfg(feature = "planted-bugs")]
+use liveblk_engine::planted::{self, Planted};
 use liveblk_engine::{ErrorKind, Result};
 
 use super::image::Image;
@@ -128,7 +130,16 @@ impl Image {
     async fn write_copies(&self, copies: &mut Copies) -> Result<()> {
         self.write_pieces(&copies.refs).await?;
         copies.refs_done = true;
+        #[cfg(feature = "planted-bugs")]
+        if planted::has(&self.core, Planted::FlushLeftOut) {
+            return self.write_rest(copies).await;
+        }
         self.barrier().await?;
+        self.write_rest(copies).await
+    }
+
+    /// Steps 4 to 7.
+    async fn write_rest(&self, copies: &mut Copies) -> Result<()> {
         if !copies.reftable.is_empty() {
             self.write_pieces(&copies.reftable).await?;
             self.barrier().await?;

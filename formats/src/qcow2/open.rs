@@ -103,6 +103,11 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         released: Vec::new(),
         flushes: FlushRuns { started: 0, finished: 0, running: false, own: false, result: Ok(()) },
         write_outs: 0,
+        #[cfg(feature = "planted-bugs")]
+        reuses_at_once: liveblk_engine::planted::has(
+            &core,
+            liveblk_engine::planted::Planted::FreedReusedAtOnce,
+        ),
     };
     let image = Rc::new_cyclic(|me| Image {
         me: me.clone(),

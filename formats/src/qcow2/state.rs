@@ -159,6 +159,8 @@ pub(super) struct State {
     pub(super) flushes: FlushRuns,
     /// Write-outs in progress: while there is one, "nothing dirty" does not mean "durable".
     pub(super) write_outs: u32,
+    #[cfg(feature = "planted-bugs")]
+    pub(super) reuses_at_once: bool,
 }
 
 impl State {
@@ -328,6 +330,10 @@ impl State {
 
     /// Notes that `cluster` lost one reference in memory; it is freed when that is durable.
     pub(super) fn unlink(&mut self, cluster: HostCluster) {
+        #[cfg(feature = "planted-bugs")]
+        if self.reuses_at_once {
+            return push_cluster(&mut self.released, cluster);
+        }
         push_cluster(&mut self.unlinked, cluster);
     }
 }
