@@ -6,7 +6,7 @@ use liveblk::engine::driver::sim::Rng;
 use liveblk::engine::node::StatusKind;
 use liveblk::{Error, ErrorKind, WriteFlags, ZeroFlags};
 
-use super::ledger::Window;
+use super::ledger::{Tick, Window};
 use super::pattern::{self, BLOCK};
 use super::world::{DiskState, World};
 
@@ -90,9 +90,10 @@ async fn write(world: &World, state: &DiskState, range: Range, rng: &mut Rng) {
     let buf = world.core.pool().alloc(range.len());
     pattern::fill(&buf, value, range.first);
     let flags = WriteFlags { fua: rng.chance(100) };
+    let began = world.clock.tick();
     let id = state.ledger.begin(value, range.start(), range.blocks());
     let answer = state.disk.write(range.offset(), buf, flags).await;
-    let sure = judge(world, "write", &answer);
+    let sure = judge(world, "write", began, &answer);
     state.ledger.end(id, sure, sure && flags.fua);
 }
 
@@ -101,7 +102,7 @@ async fn read(world: &World, state: &DiskState, range: Range) {
     let from = world.clock.tick();
     let answer = state.disk.read(range.offset(), buf.clone()).await;
     let window = Window { from, to: world.clock.tick() };
-    if judge(world, "read", &answer) {
+    if judge(world, "read", from, &answer) {
         let found = pattern::values(&buf.to_vec(), range.first)
             .and_then(|values| state.ledger.read(range.start(), &values, window));
         found.unwrap_or_else(|wrong| panic!("a read is wrong: {wrong}"));
@@ -110,17 +111,19 @@ async fn read(world: &World, state: &DiskState, range: Range) {
 
 async fn zero(world: &World, state: &DiskState, range: Range, rng: &mut Rng) {
     let flags = ZeroFlags { may_unmap: rng.chance(600), fua: rng.chance(80), fast: rng.chance(60) };
+    let began = world.clock.tick();
     let id = state.ledger.begin(0, range.start(), range.blocks());
     let answer = state.disk.write_zeroes(range.offset(), range.bytes(), flags).await;
     let slow = flags.fast && answer.as_ref().is_err_and(is(ErrorKind::Unsupported));
-    let sure = !slow && judge(world, "write zeroes", &answer);
+    let sure = !slow && judge(world, "write zeroes", began, &answer);
     state.ledger.end(id, sure, sure && flags.fua);
 }
 
 async fn discard(world: &World, state: &DiskState, range: Range, rng: &mut Rng) {
+    let began = world.clock.tick();
     let id = state.ledger.begin(0, range.start(), range.blocks());
     let answer = state.disk.discard(range.offset(), range.bytes(), rng.chance(80)).await;
-    judge(world, "discard", &answer);
+    judge(world, "discard", began, &answer);
     // Each block may have kept what it had.
     state.ledger.end(id, false, false);
 }
@@ -128,7 +131,7 @@ async fn discard(world: &World, state: &DiskState, range: Range, rng: &mut Rng) 
 async fn flush(world: &World, state: &DiskState) {
     let sent = world.clock.tick();
     let answer = state.disk.flush().await;
-    if judge(world, "flush", &answer) {
+    if judge(world, "flush", sent, &answer) {
         state.ledger.flushed(sent);
     }
 }
@@ -147,7 +150,7 @@ async fn status(world: &World, state: &DiskState, range: Range) {
     let answer = state.disk.block_status(range.offset(), range.bytes()).await;
     let window = Window { from, to: world.clock.tick() };
     let Ok(runs) = &answer else {
-        judge(world, "block status", &answer);
+        judge(world, "block status", from, &answer);
         return;
     };
     assert_eq!(runs.iter().map(|run| run.len).sum::<u64>(), range.bytes(), "runs cover the range");
@@ -170,10 +173,10 @@ async fn status(world: &World, state: &DiskState, range: Range) {
 }
 
 /// Whether the answer is good; a failure that nothing explains ends the test.
-fn judge<T>(world: &World, what: &str, answer: &Result<T, Error>) -> bool {
+fn judge<T>(world: &World, what: &str, began: Tick, answer: &Result<T, Error>) -> bool {
     match answer {
         Ok(_) => true,
-        Err(error) if world.is_full.get() && error.kind() == ErrorKind::NoSpace => false,
+        Err(error) if began < world.full_until.get() && error.kind() == ErrorKind::NoSpace => false,
         Err(error) => panic!("{what} failed: {error}"),
     }
 }

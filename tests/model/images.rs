@@ -8,7 +8,7 @@ use liveblk::engine::format::BackingRef;
 use liveblk::engine::node::NodeOptions;
 use liveblk::engine::storage::{File, FileOptions, Storage, sync_folder_of};
 use liveblk::formats::qcow2::{CreateOptions, create};
-use liveblk::{BackingSource, OpenNode};
+use liveblk::{BackingSource, Error, OpenNode};
 
 /// An image file; its path is its name in the root folder.
 #[derive(Clone, Debug)]
@@ -56,17 +56,17 @@ impl Image {
     }
 
     /// Makes the image, durable with its name.
-    pub(crate) async fn create(&self, core: &Core, backing: Option<&Self>) {
+    pub(crate) async fn create(&self, core: &Core, backing: Option<&Self>) -> Result<(), Error> {
         let options = FileOptions {
             path: self.path().into(),
             writable: true,
             create_new: true,
             ..FileOptions::default()
         };
-        let file = File::open(core, options).await.expect("a new file");
+        let file = File::open(core, options).await?;
         let storage = Storage::File(file);
         match self.qcow2 {
-            None => storage.truncate(self.size).await.expect("a new raw image"),
+            None => storage.truncate(self.size).await?,
             Some(like) => {
                 let backing = backing.map(|image| BackingRef {
                     file: image.name.clone(),
@@ -79,11 +79,11 @@ impl Image {
                     version: like.version,
                     refcount_order: like.refcount_order,
                 };
-                create(core, &storage, options).await.expect("a new image");
+                create(core, &storage, options).await?;
             }
         }
-        storage.flush().await.expect("the new image is durable");
-        sync_folder_of(core, self.path().as_ref()).await.expect("its name is durable");
+        storage.flush().await?;
+        sync_folder_of(core, self.path().as_ref()).await
     }
 }
 

@@ -9,7 +9,7 @@ use liveblk::jobs::lifecycle::Verb;
 use liveblk::jobs::{
     BackupSpec, CopyMode, JobError, JobOptions, MirrorSpec, SyncMode, start_backup, start_mirror,
 };
-use liveblk::{BackingSource, ErrorKind, Job, Status};
+use liveblk::{BackingSource, Error, ErrorKind, Job, Status};
 
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
@@ -17,6 +17,9 @@ use super::ledger::{Tick, Window};
 use super::pattern;
 use super::together;
 use super::world::World;
+
+/// How targets of backups are called: files whose writes may be made to fail.
+pub(crate) const COPY: &str = "copy";
 
 /// Layers that a chain may have before it is mirrored into one image.
 const LAYERS_MAX: usize = 6;
@@ -82,8 +85,7 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
     let below = world.disks[index].disk.node().backing()?;
     let name = world.name("target");
     let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
-    image.create(&world.core, chain.last().map(|image| &**image)).await;
-    world.images.borrow_mut().push(Rc::clone(&image));
+    world.make(&image, chain.last()).await;
     let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
     let mut spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
     spec.backing = BackingSource::Node(below.name().to_string());
@@ -93,12 +95,11 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
 }
 
 /// A target without a backing file.
-pub(crate) async fn target(world: &World, index: usize, rng: &mut Rng) -> Target {
+pub(crate) async fn target(world: &World, index: usize, what: &str, rng: &mut Rng) -> Target {
     let size = world.disks[index].disk.size();
     let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
-    let image = Rc::new(Image { name: world.name("target"), size, qcow2 });
-    image.create(&world.core, None).await;
-    world.images.borrow_mut().push(Rc::clone(&image));
+    let image = Rc::new(Image { name: world.name(what), size, qcow2 });
+    world.make(&image, None).await;
     let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
     let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
     let node = world.host.open(spec).await.expect("a new target opens");
@@ -117,13 +118,21 @@ pub(crate) async fn gone(world: &World, job: &Rc<Job>) -> Result<(), JobError> {
 
 /// Whether a job may have failed so.
 pub(crate) fn is_excused(world: &World, error: &JobError) -> bool {
-    matches!(error, JobError::Engine(error) if error.kind() == ErrorKind::NoSpace)
-        && world.plan.full_at.is_some()
+    matches!(error, JobError::Engine(error) if is_planned(world, error))
+}
+
+/// Whether the plan of the world explains the error of a job or its target.
+fn is_planned(world: &World, error: &Error) -> bool {
+    match error.kind() {
+        ErrorKind::NoSpace => world.plan.full.is_some(),
+        ErrorKind::Io(_) | ErrorKind::Poisoned => world.plan.fault_at.is_some(),
+        _ => false,
+    }
 }
 
 async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let source = world.disks[index].disk.node();
-    let Target { chain, node } = target(world, index, rng).await;
+    let Target { chain, node } = target(world, index, COPY, rng).await;
     let spec = BackupSpec {
         job: options(world),
         source,
@@ -188,9 +197,7 @@ pub(crate) async fn close(world: &World, node: &Rc<Node>) {
         match world.host.graph().remove(node).await {
             Ok(()) => return,
             Err(error) if error.kind() == ErrorKind::Busy => world.core.sleep(100_000).await,
-            Err(error) if error.kind() == ErrorKind::NoSpace && world.plan.full_at.is_some() => {
-                return;
-            }
+            Err(error) if is_planned(world, &error) => return,
             Err(error) => panic!("a node does not close: {error}"),
         }
     }
@@ -204,7 +211,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
     let sync = if top.is_some() { SyncMode::Top } else { SyncMode::Full };
     let target = match top {
         Some(target) => target,
-        None => target(world, index, rng).await,
+        None => target(world, index, "target", rng).await,
     };
     let node = Rc::clone(&target.node);
     let spec = MirrorSpec {

@@ -2,11 +2,14 @@
 
 use std::rc::Rc;
 
-use liveblk::engine::driver::sim::{Rng, Sim};
+use liveblk::engine::driver::sim::{FaultRule, OpFilter, Rng, Sim, SimOpKind};
 
 use super::judge;
-use super::world::{Plan, Start, World};
+use super::world::{Happening, Plan, Start, World};
 use super::{guest, operator};
+
+/// What a failed write answers.
+const EIO: i32 = 5;
 
 /// What a run tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,11 +57,28 @@ pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
     let Start { mut sim, .. } = setup;
     start_tasks(&world);
     let mut outcome = Outcome::default();
-    for (index, (requests, steps)) in (0..).zip(&plan.cuts) {
+    for (requests, happening) in plan.happenings() {
         let seen = Rc::clone(&world);
-        sim.run_until(|| seen.requests.get() >= *requests);
-        sim.run_steps(*steps);
-        look(&sim, &world, seed ^ index, &mut outcome, settings.ask_peer && index == 0);
+        sim.run_until(|| seen.requests.get() >= requests);
+        match happening {
+            Happening::Cut { number, steps } => {
+                sim.run_steps(steps);
+                let ask_peer = settings.ask_peer && number == 0;
+                look(&sim, &world, seed ^ number, &mut outcome, ask_peer);
+            }
+            Happening::Full { spare } => {
+                world.full_until.set(u32::MAX);
+                sim.fs().set_capacity(Some(sim.fs().used() + spare));
+            }
+            Happening::Space => {
+                sim.fs().set_capacity(None);
+                world.full_until.set(world.clock.tick());
+            }
+            Happening::CopyFails => {
+                let writes = OpFilter::any().file("copy").kind(SimOpKind::Write);
+                sim.inject(FaultRule::once(writes, EIO));
+            }
+        }
     }
     let seen = Rc::clone(&world);
     sim.run_until(|| seen.tasks.get() == 0);

@@ -13,7 +13,9 @@ use liveblk::jobs::{
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
 use super::ledger::Window;
-use super::operator::{Target, close, gone, is_excused, judge_copy, on_success, options, target};
+use super::operator::{
+    COPY, Target, close, gone, is_excused, judge_copy, on_success, options, target,
+};
 use super::pattern;
 use super::world::World;
 
@@ -67,7 +69,8 @@ pub(crate) async fn snapshots(world: &Rc<World>, disks: &[usize], rng: &mut Rng)
         }
         return;
     }
-    world.images.borrow_mut().extend(layers.iter().map(|layer| Rc::clone(&layer.image)));
+    let created = layers.iter().filter(|layer| layer.open.is_none());
+    world.images.borrow_mut().extend(created.map(|layer| Rc::clone(&layer.image)));
     let parts = layers.iter().zip(old).map(|(layer, old)| (layer.disk, old)).collect();
     world.keep(parts, window);
     judge_bases(world, &layers, window).await;
@@ -106,7 +109,7 @@ async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Actio
         return (Layer { disk, base, image, open: None }, Action::SnapshotFile(spec));
     }
     let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::random(rng)) });
-    image.create(&world.core, world.chain(disk).last().map(|image| &**image)).await;
+    world.make(&image, world.chain(disk).last()).await;
     let options =
         NodeOptions { discard_unmap: rng.chance(700), direct: rng.chance(500), no_flush: false };
     let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&overlay);
@@ -119,7 +122,7 @@ async fn backups(world: &Rc<World>, rng: &mut Rng) {
     let window = Rc::new(Cell::new(None));
     let (mut targets, mut ids, mut actions) = (Vec::new(), Vec::new(), Vec::new());
     for disk in 0..world.disks.len() {
-        let target = target(world, disk, rng).await;
+        let target = target(world, disk, COPY, rng).await;
         let action = BackupAction {
             job: options(world),
             source: world.disks[disk].disk.node_name().to_string(),
@@ -138,7 +141,7 @@ async fn backups(world: &Rc<World>, rng: &mut Rng) {
     match transaction(&world.core, actions, mode).await {
         Ok(()) => {
             window.set(Some(Window { from, to: world.clock.tick() }));
-            ended(world, &ids, &targets, &window).await;
+            ended(world, &ids, &targets, &window, grouped).await;
         }
         Err(error) => assert!(is_excused(world, &error), "backups do not start: {error}"),
     }
@@ -153,12 +156,13 @@ async fn ended(
     ids: &[String],
     targets: &[Target],
     window: &Rc<Cell<Option<Window>>>,
+    grouped: bool,
 ) {
     let jobs: Vec<_> = ids.iter().filter_map(|id| world.host.jobs().find(id)).collect();
     let mut good = jobs.len() == ids.len();
     for job in &jobs {
         if let Err(error) = gone(world, job).await {
-            let cancelled = matches!(error, JobError::Cancelled) && world.plan.full_at.is_some();
+            let cancelled = matches!(error, JobError::Cancelled) && grouped;
             assert!(cancelled || is_excused(world, &error), "a backup failed: {error}");
             good = false;
         }

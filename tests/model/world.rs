@@ -8,10 +8,11 @@ use liveblk::engine::executor::sync::Semaphore;
 use liveblk::engine::executor::{Class, Core};
 use liveblk::engine::format::ReferencePolicy;
 use liveblk::engine::node::{NodeOptions, User};
-use liveblk::{Disk, Event, Host, WriteFlags};
+use liveblk::engine::storage::unlink;
+use liveblk::{Disk, ErrorKind, Event, Host, WriteFlags};
 
 use super::images::{Chain, Image, Qcow2, open_chain};
-use super::ledger::{Clock, Ledger, Window};
+use super::ledger::{Clock, Ledger, Tick, Window};
 use super::pattern::{self, BLOCK};
 
 /// What a seed decides before anything runs.
@@ -25,8 +26,33 @@ pub(crate) struct Plan {
     pub(crate) disks: Vec<DiskPlan>,
     /// Power cuts that are looked at on the way: after how many requests, and steps after those.
     pub(crate) cuts: Vec<(u32, u64)>,
-    /// Whether the file system becomes full for a while: after how many requests.
-    pub(crate) full_at: Option<u32>,
+    /// When the file system becomes full for a while.
+    pub(crate) full: Option<Full>,
+    /// After how many requests a write to a target of a backup fails, with EIO.
+    pub(crate) fault_at: Option<u32>,
+}
+
+/// A time without space.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Full {
+    /// After how many requests it begins and ends.
+    from: u32,
+    to: u32,
+    /// Bytes that are left.
+    spare: u64,
+}
+
+/// Something that happens to a world.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Happening {
+    /// The power is cut, in a copy of the world.
+    Cut { number: u64, steps: u64 },
+    /// Few bytes are left.
+    Full { spare: u64 },
+    /// There is space again.
+    Space,
+    /// One write to a target of a backup fails.
+    CopyFails,
 }
 
 /// What a disk starts as.
@@ -75,8 +101,8 @@ pub(crate) struct World {
     pub(crate) jobs_running: Cell<u32>,
     pub(crate) jobs_ended: Cell<u32>,
     pub(crate) tasks: Cell<u32>,
-    /// Requests may fail for want of space.
-    pub(crate) is_full: Cell<bool>,
+    /// Requests that began before this may fail for want of space.
+    pub(crate) full_until: Cell<Tick>,
     /// What happens at the very moment when a job says that it is complete, by its id.
     at_success: RefCell<Vec<(String, Box<dyn FnOnce()>)>>,
 }
@@ -92,8 +118,29 @@ impl Plan {
         let mut cuts: Vec<_> =
             (0..cuts).map(|_| (number(rng.below(u64::from(requests))), rng.below(400))).collect();
         cuts.sort_unstable();
-        let full = rng.chance(80).then(|| number(rng.below(250)));
-        Self { seed, requests, depth: number(rng.between(1, 8)), disks, cuts, full_at: full }
+        let depth = number(rng.between(1, 8));
+        let full = rng.chance(100).then(|| {
+            let from = number(rng.below(250));
+            let to = (from + number(rng.between(5, 100))).min(290);
+            Full { from, to, spare: rng.below(64) * 4096 }
+        });
+        let fault_at = rng.chance(100).then(|| number(rng.below(250)));
+        Self { seed, requests, depth, disks, cuts, full, fault_at }
+    }
+
+    /// What happens, by the number of requests made before.
+    pub(crate) fn happenings(&self) -> Vec<(u32, Happening)> {
+        let cuts = (0..).zip(&self.cuts);
+        let mut all: Vec<_> = cuts
+            .map(|(number, (at, steps))| (*at, Happening::Cut { number, steps: *steps }))
+            .collect();
+        if let Some(Full { from, to, spare }) = self.full {
+            all.push((from, Happening::Full { spare }));
+            all.push((to, Happening::Space));
+        }
+        all.extend(self.fault_at.map(|at| (at, Happening::CopyFails)));
+        all.sort_by_key(|(at, _)| *at);
+        all
     }
 }
 
@@ -134,7 +181,7 @@ impl DiskPlan {
         let host = Host::on(&core, ReferencePolicy::Explicit);
         for (index, image) in self.chain.iter().enumerate() {
             let below = index.checked_sub(1).map(|below| &*self.chain[below]);
-            image.create(&core, below).await;
+            image.create(&core, below).await.expect("a new image");
             let spec = open_chain(&self.chain[..=index], &NodeOptions::default(), true);
             let node = host.open(spec).await.expect("a new chain opens");
             let disk = host.attach(&node).expect("a new chain is free");
@@ -239,7 +286,7 @@ impl World {
             jobs_running: Cell::new(0),
             jobs_ended: Cell::new(0),
             tasks: Cell::new(0),
-            is_full: Cell::new(false),
+            full_until: Cell::new(0),
             at_success: RefCell::default(),
         });
         let weak = Rc::downgrade(&world);
@@ -284,6 +331,21 @@ impl World {
             kept.remove(0);
         }
         kept.push(Kept { parts, window });
+    }
+
+    /// Makes a new image; waits for space if there is none.
+    pub(crate) async fn make(&self, image: &Rc<Image>, backing: Option<&Rc<Image>>) {
+        loop {
+            match image.create(&self.core, backing.map(|image| &**image)).await {
+                Ok(()) => break,
+                Err(error) if error.kind() == ErrorKind::NoSpace && self.plan.full.is_some() => {
+                    unlink(&self.core, image.path().as_ref()).await.expect("a file is removed");
+                    self.core.sleep(200_000).await;
+                }
+                Err(error) => panic!("no new image: {error}"),
+            }
+        }
+        self.images.borrow_mut().push(Rc::clone(image));
     }
 
     /// The chain that holds disk `index`.
