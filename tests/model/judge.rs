@@ -19,6 +19,7 @@ use super::world::{DiskState, Kept, World};
 
 /// Judges the file system `fs`; `seed` decides what the world does that looks at it.
 pub(crate) fn power_cut(world: &World, fs: SimFs, seed: u64) -> Result<(), String> {
+    fs.set_capacity(None);
     let mut sim = Sim::with_fs(SimConfig::new(seed).calm(), fs);
     for (index, state) in world.disks.iter().enumerate() {
         let chain =

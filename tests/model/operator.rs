@@ -9,7 +9,7 @@ use liveblk::jobs::lifecycle::Verb;
 use liveblk::jobs::{
     BackupSpec, CopyMode, JobError, JobOptions, MirrorSpec, SyncMode, start_backup, start_mirror,
 };
-use liveblk::{BackingSource, Error, ErrorKind, Job, Status};
+use liveblk::{BackingSource, ErrorKind, Job, Status};
 
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
@@ -118,15 +118,10 @@ pub(crate) async fn gone(world: &World, job: &Rc<Job>) -> Result<(), JobError> {
 
 /// Whether a job may have failed so.
 pub(crate) fn is_excused(world: &World, error: &JobError) -> bool {
-    matches!(error, JobError::Engine(error) if is_planned(world, error))
-}
-
-/// Whether the plan of the world explains the error of a job or its target.
-fn is_planned(world: &World, error: &Error) -> bool {
-    match error.kind() {
-        ErrorKind::NoSpace => world.plan.full.is_some(),
-        ErrorKind::Io(_) | ErrorKind::Poisoned => world.plan.fault_at.is_some(),
-        _ => false,
+    match error {
+        JobError::Engine(error) => world.is_planned(error),
+        // A layer could not be created.
+        error => world.plan.full.is_some() && error.to_string().contains("No space left"),
     }
 }
 
@@ -197,7 +192,7 @@ pub(crate) async fn close(world: &World, node: &Rc<Node>) {
         match world.host.graph().remove(node).await {
             Ok(()) => return,
             Err(error) if error.kind() == ErrorKind::Busy => world.core.sleep(100_000).await,
-            Err(error) if is_planned(world, &error) => return,
+            Err(error) if world.is_planned(&error) => return,
             Err(error) => panic!("a node does not close: {error}"),
         }
     }

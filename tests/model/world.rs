@@ -9,7 +9,7 @@ use liveblk::engine::executor::{Class, Core};
 use liveblk::engine::format::ReferencePolicy;
 use liveblk::engine::node::{NodeOptions, User};
 use liveblk::engine::storage::unlink;
-use liveblk::{Disk, ErrorKind, Event, Host, WriteFlags};
+use liveblk::{Disk, Error, ErrorKind, Event, Host, WriteFlags};
 
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::ledger::{Clock, Ledger, Tick, Window};
@@ -333,12 +333,21 @@ impl World {
         kept.push(Kept { parts, window });
     }
 
+    /// Whether the plan explains the error of a job, or of an image that no guest works on.
+    pub(crate) fn is_planned(&self, error: &Error) -> bool {
+        match error.kind() {
+            ErrorKind::NoSpace => self.plan.full.is_some(),
+            ErrorKind::Io(_) | ErrorKind::Poisoned => self.plan.fault_at.is_some(),
+            _ => false,
+        }
+    }
+
     /// Makes a new image; waits for space if there is none.
     pub(crate) async fn make(&self, image: &Rc<Image>, backing: Option<&Rc<Image>>) {
         loop {
             match image.create(&self.core, backing.map(|image| &**image)).await {
                 Ok(()) => break,
-                Err(error) if error.kind() == ErrorKind::NoSpace && self.plan.full.is_some() => {
+                Err(error) if self.is_planned(&error) => {
                     unlink(&self.core, image.path().as_ref()).await.expect("a file is removed");
                     self.core.sleep(200_000).await;
                 }
