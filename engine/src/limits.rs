@@ -44,3 +44,6 @@ pub const NODE_NAME_MAX: usize = 31;
 
 /// The largest read, write or copy in one request, in bytes.
 pub const REQUEST_MAX: u64 = 32 << 20;
+
+/// References to backing files that a graph remembers as its own.
+pub const KNOWN_REFERENCES: usize = 4096;

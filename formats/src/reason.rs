@@ -64,6 +64,10 @@ pub enum Reason {
     TableLarge(&'static str),
     /// A table's offset cannot be.
     TableOffset(&'static str),
+    /// A table lies beyond the end of the file.
+    Truncated(&'static str),
+    /// The bytes of a cluster lie beyond the end of the file (offset of the guest, of the host).
+    DataBeyondEnd(u64, u64),
     /// More than 2^31 L1 entries would be needed.
     SizeTooBig,
     /// The L1 table does not cover the virtual size.
@@ -135,7 +139,7 @@ impl Reason {
             | Self::Shrink
             | Self::NoBackingSupport(_)
             | Self::RawFixed => ErrorKind::Unsupported,
-            Self::CompressedCluster(_) => ErrorKind::Io(5),
+            Self::CompressedCluster(_) | Self::DataBeyondEnd(..) => ErrorKind::Io(5),
             Self::SizeAlignment
             | Self::CreateClusterSize
             | Self::HeaderFull
@@ -220,6 +224,14 @@ impl Reason {
             Self::Encrypted(name) => write!(f, "Unsupported qcow2 feature(s): {name} encryption"),
             Self::Encryption(method) => write!(f, "Unsupported encryption method {method}"),
             Self::TableLarge(table) => write!(f, "{table} too large"),
+            Self::Truncated(table) => {
+                write!(f, "qcow2 image is truncated: its {table} lies beyond the end of the file")
+            }
+            Self::DataBeyondEnd(guest, host) => write!(
+                f,
+                "qcow2 image is truncated: the cluster at guest offset {guest:#x} lies at \
+                     {host:#x}, beyond the end of the file"
+            ),
             Self::TableOffset(table) => write!(f, "{table} offset invalid"),
             Self::Snapshots(count) => write!(
                 f,

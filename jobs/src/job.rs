@@ -155,10 +155,12 @@ impl Job {
         self.manager.upgrade()
     }
 
-    /// Announces that the result is at hand.
+    /// Announces that the result is at hand: at some instant nothing was left to be done, and the
+    /// event tells of that one, whatever guests wrote since.
     pub(crate) fn become_ready(&self) {
         self.enter(Status::Ready);
-        self.emit(Event::Ready(self.facts()));
+        let facts = self.facts();
+        self.emit(Event::Ready(BlockJobFacts { len: facts.offset, ..facts }));
     }
 
     /// Stands still while a pause is wanted; the caller has nothing in flight.

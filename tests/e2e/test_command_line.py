@@ -234,7 +234,7 @@ async def a_pretty_monitor_prints_what_the_peer_prints(world):
         writer.write(b'{"execute":"qmp_capabilities","id":[1,{"a":"\\u00e9"}]}\n'
                      b'{"execute":"nope","id":"last"}\n')
         text = b""
-        while b"last" not in text:
+        while b"has not been found" not in text or not text.endswith(b"}\r\n}\r\n"):
             text += await asyncio.wait_for(reader.read(4096), 10)
         writer.close()
         text = text.split(b"capabilities", 1)[1]

@@ -128,8 +128,15 @@ impl Control {
 
     async fn run_transaction(&self, actions: Vec<Action>, mode: CompletionMode) -> Result<()> {
         let home: CoreId = self.core.id();
+        let created: Vec<SnapshotFile> = actions.iter().filter_map(created_file).collect();
         let actions = actions.into_iter().map(|action| (home, action)).collect();
         liveblk_jobs::transaction(&self.core, actions, mode).await?;
+        for snapshot in created {
+            let overlay = snapshot.overlay.and_then(|name| self.graph.find(&name).ok());
+            if let Some(reference) = overlay.and_then(|overlay| overlay.info().backing) {
+                self.graph.know_reference(snapshot.file, reference);
+            }
+        }
         Ok(())
     }
 
@@ -157,7 +164,7 @@ impl Control {
         // Nodes are no devices here: only a node's name finds one.
         let device = snapshot.device.unwrap_or_default();
         let node = snapshot.node_name.unwrap_or_default();
-        if self.graph.find(&node).is_err() {
+        if !device.is_empty() && self.graph.find(&node).is_err() {
             return Err(Failure::no_node(&device, &node));
         }
         Ok(Action::SnapshotFile(SnapshotFile {
@@ -170,6 +177,16 @@ impl Control {
                 schema::NewImageMode::AbsolutePaths => NewImageMode::AbsolutePaths,
             },
         }))
+    }
+}
+
+/// The snapshot, if its file is made here.
+fn created_file(action: &Action) -> Option<SnapshotFile> {
+    match action {
+        Action::SnapshotFile(snapshot) if snapshot.mode == NewImageMode::AbsolutePaths => {
+            Some(snapshot.clone())
+        }
+        _ => None,
     }
 }
 

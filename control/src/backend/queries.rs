@@ -150,9 +150,9 @@ fn image_info(node: &Rc<Node>, flat: bool) -> Value {
 
 fn one_image(node: &Rc<Node>) -> Value {
     let info = node.info();
-    // A file may have grown since it was opened.
+    // A file may have grown since it was opened; the peer counts its size in whole sectors.
     let size = match node.driver() {
-        "file" => node.format().data_storage().size(),
+        "file" => node.format().data_storage().size().next_multiple_of(512),
         _ => info.virtual_size,
     };
     let filename = node.filename();

@@ -26,9 +26,13 @@ pub fn encode(value: &Value, layout: Layout) -> String {
     out
 }
 
-/// The text of `value` as one monitor message, ended by CR LF.
+/// The text of `value` as one monitor message; every line of it ends with CR LF.
 pub fn encode_line(value: &Value, layout: Layout) -> String {
     let mut out = encode(value, layout);
+    if layout == Layout::Pretty {
+        // Line feeds inside strings are escaped, so these are the ends of lines.
+        out = out.replace('\n', "\r\n");
+    }
     out.push_str("\r\n");
     out
 }
@@ -137,9 +141,10 @@ mod tests {
             "            }",
             "        ]",
             "    }",
-            "}\r\n",
+            "}",
+            "",
         ]
-        .join("\n");
+        .join("\r\n");
         assert_eq!(encode_line(&value, Layout::Pretty), want);
     }
 }

@@ -11,6 +11,8 @@ pub enum GraphError {
     NotFound(String),
     /// No node of the name that an option refers to.
     ReferenceNotFound(String),
+    /// No node of the name that is given as backing node.
+    BackingNotFound(String),
     /// The node of that name cannot hold an image: it is one itself.
     NotAFile(String),
     /// The node is to be written and what holds it is read-only.
@@ -85,6 +87,10 @@ impl fmt::Display for GraphError {
             Self::ReferenceNotFound(name) => {
                 write!(f, "Cannot find device='{name}' nor node-name='{name}'")
             }
+            Self::BackingNotFound(name) => write!(
+                f,
+                "Could not open backing file: Cannot find device='{name}' nor node-name='{name}'"
+            ),
             Self::NotAFile(name) => {
                 write!(f, "Node '{name}' cannot hold an image: its driver is not 'file'")
             }
@@ -138,7 +144,9 @@ impl std::error::Error for GraphError {}
 impl From<GraphError> for Error {
     fn from(error: GraphError) -> Self {
         let kind = match &error {
-            GraphError::NotFound(_) | GraphError::ReferenceNotFound(_) => ErrorKind::NotFound,
+            GraphError::NotFound(_)
+            | GraphError::ReferenceNotFound(_)
+            | GraphError::BackingNotFound(_) => ErrorKind::NotFound,
             GraphError::ReadOnly => ErrorKind::ReadOnly,
             GraphError::Duplicate(_) => ErrorKind::AlreadyExists,
             GraphError::InUse(_)

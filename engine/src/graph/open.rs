@@ -179,11 +179,17 @@ impl Graph {
             levels.push(level);
             match backing {
                 BackingSource::None => {}
-                BackingSource::Node(name) => return self.referenced(&name).map(Some),
+                BackingSource::Node(name) => {
+                    let found = self.find(&name);
+                    return found.map(Some).map_err(|_| GraphError::BackingNotFound(name).into());
+                }
                 BackingSource::Open(spec) => next = Some(OpenNode { writable: false, ..*spec }),
                 BackingSource::FromHeader => {
                     if let Some(reference) = reference {
-                        let found = (config.resolve)(&image, &reference, &config.policy)?;
+                        let found = match self.known_reference(&image, &reference) {
+                            Some(found) => found,
+                            None => (config.resolve)(&image, &reference, &config.policy)?,
+                        };
                         next = Some(self.header_backing(&config, found, &writable_top).await?);
                     }
                 }

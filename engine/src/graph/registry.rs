@@ -1,7 +1,8 @@
 //! The nodes of one core by id and name; names, removal, attachments' moves.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::error::GraphError;
@@ -9,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::executor::Core;
 use crate::executor::sync::Semaphore;
 use crate::format::{BackingRef, ReferencePolicy, Registry, ResolveReference, ResolvedReference};
-use crate::limits::NODE_NAME_MAX;
+use crate::limits::{KNOWN_REFERENCES, NODE_NAME_MAX};
 use crate::node::{Node, NodeId, Permissions, User, UserGuard};
 
 /// What a graph knows about the world around it.
@@ -45,6 +46,8 @@ pub struct Graph {
     nodes: RefCell<BTreeMap<NodeId, Entry>>,
     next_id: Cell<u64>,
     next_implicit: Cell<u64>,
+    /// References that this process wrote into headers: image and reference, the oldest first.
+    known: RefCell<VecDeque<(PathBuf, BackingRef)>>,
     /// The permit to change the graph: one change at a time.
     pub(super) changes: Semaphore,
 }
@@ -64,6 +67,7 @@ impl Graph {
             nodes: RefCell::default(),
             next_id: Cell::new(1),
             next_implicit: Cell::new(0),
+            known: RefCell::default(),
             changes: Semaphore::new(core, 1),
         })
     }
@@ -76,6 +80,29 @@ impl Graph {
     /// The configuration.
     pub fn config(&self) -> GraphConfig {
         self.config.borrow().clone()
+    }
+
+    /// Remembers that the caller made `image` with this reference in its header: it is followed
+    /// whatever the policy says, as long as the header holds exactly it.
+    pub fn know_reference(&self, image: PathBuf, reference: BackingRef) {
+        let mut known = self.known.borrow_mut();
+        known.retain(|(path, _)| *path != image);
+        if known.len() >= KNOWN_REFERENCES {
+            known.pop_front();
+        }
+        known.push_back((image, reference));
+    }
+
+    pub(super) fn known_reference(
+        &self,
+        image: &Path,
+        reference: &BackingRef,
+    ) -> Option<ResolvedReference> {
+        let known = self.known.borrow();
+        known.iter().find(|(path, held)| path == image && held == reference)?;
+        let folder = image.parent().unwrap_or(Path::new(""));
+        let path = folder.join(&reference.file);
+        Some(ResolvedReference { path, beneath: None, driver: reference.format.clone() })
     }
 
     /// The core whose nodes these are.

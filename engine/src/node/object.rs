@@ -234,13 +234,21 @@ impl Node {
         if writable {
             self.lock_file(true).await?;
             self.format.set_writable(true).await?;
-            self.writable.set(true);
+            self.show_writable(true);
         } else {
             self.format.set_writable(false).await?;
-            self.writable.set(false);
+            self.show_writable(false);
             self.lock_file(false).await?;
         }
         Ok(())
+    }
+
+    /// Sets what requests and queries see; a file that was opened for this node goes with it.
+    fn show_writable(&self, writable: bool) {
+        self.writable.set(writable);
+        if let Some(file) = self.file().filter(|file| !file.is_monitor_owned()) {
+            file.writable.set(writable);
+        }
     }
 
     /// Gives up the locks on the file of a protocol node that is being closed.

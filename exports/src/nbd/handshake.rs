@@ -102,7 +102,7 @@ impl Negotiation {
             }
             OptionCode::ExtendedHeaders | OptionCode::Unknown(_) => {
                 let message =
-                    format!("Option {} ({}) is not supported", option.number(), option.name());
+                    format!("Unsupported option {} ({})", option.number(), option.name());
                 out.error(OptionReply::ErrUnsupported, &message);
             }
         }

@@ -6,6 +6,7 @@ use liveblk_engine::Result;
 
 use super::image::Image;
 use super::state::{Miss, State, Table};
+use crate::reason::Reason;
 
 impl Image {
     /// Loads or makes what `miss` names. Success means "ask again", not "it is there": it may have
@@ -64,6 +65,10 @@ impl Image {
         let Some(host) = table() else { return Ok(()) };
         if self.state.borrow().l2.contains(slice) {
             return Ok(());
+        }
+        if host >= self.storage.size() {
+            // A table is written before its entry is: this is a file that lost its end.
+            return Err(self.error(Reason::Truncated("L2 table"), "read"));
         }
         let within = (slice % self.geometry.l2_slices()) * self.geometry.slice_bytes();
         let bytes = self.read_slice(host + within).await?;

@@ -62,6 +62,7 @@ impl Walk<'_> {
     fn slice(&mut self, bytes: &[u8], mut at: u64, end: u64) -> u64 {
         let geometry = self.image.geometry;
         let limit = self.state.host_limit();
+        let file_end = self.image.storage.size();
         while at < end {
             let cluster = GuestCluster(at >> geometry.cluster_bits);
             let within = at & (geometry.cluster() - 1);
@@ -73,6 +74,12 @@ impl Walk<'_> {
                 Entry::ZeroPlain | Entry::ZeroAllocated { .. } => self.push(len, Mapping::Zero),
                 Entry::Data { host, .. } if self.state.is_metadata(host) => {
                     self.push_damage(len, Reason::Overlap(host));
+                }
+                // Data is written before its entry is: this is a file that lost its end, and zeroes
+                // would be wrong data.
+                Entry::Data { host, .. } if host >= file_end => {
+                    let error = self.image.error(Reason::DataBeyondEnd(guest, host), "read");
+                    self.push(len, Mapping::Damaged(error));
                 }
                 Entry::Data { host, .. } => {
                     self.push(len, Mapping::Data(HostOffset::new(host + within)));

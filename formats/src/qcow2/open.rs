@@ -17,12 +17,18 @@ use liveblk_engine::storage::Storage;
 use super::cache::{Cache, IntMap};
 use super::header::Header;
 use super::image::{Image, Options};
-use super::layout::{COPIED, ENTRY_BYTES, Geometry, OFFSET_MASK, REFTABLE_MASK};
+use super::layout::{
+    COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK,
+};
+use crate::reason::Reason;
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
 use crate::limits::{CACHE_SLICES_MIN, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES, TABLE_PIECE};
 
 /// Bytes that are read to learn the cluster size.
 const FIRST_READ: u64 = 4096;
+
+/// Bytes of the fields that every header is parsed for.
+const SHORTEST: usize = HEADER_V3 as usize;
 
 /// Reads and validates the header.
 pub(super) async fn read_header(core: &Core, storage: &Storage) -> Result<Header> {
@@ -36,6 +42,11 @@ pub(super) async fn read_header(core: &Core, storage: &Storage) -> Result<Header
     } else {
         first
     };
+    let mut bytes = bytes;
+    if bytes.starts_with(&MAGIC.to_be_bytes()) {
+        // What a short file does not have reads as zeroes; the checks of the fields refuse it.
+        bytes.resize(bytes.len().max(SHORTEST), 0);
+    }
     let parsed = Header::parse(&bytes, size);
     parsed.map_err(|reason| reason.error("open").on(storage.name()))
 }
@@ -72,6 +83,11 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     let checked = header.check_features(writable, &filename);
     checked.map_err(|reason| reason.error("open").on(&name))?;
     let geometry = header.geometry;
+    let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_size) * ENTRY_BYTES);
+    if l1_end > storage.size() {
+        // Missing entries would read as "nothing is allocated", which is wrong data.
+        return Err(Reason::Truncated("L1 table").error("open").on(&name));
+    }
     let l1 = read_words(&core, &storage, header.l1_offset, header.l1_size.into()).await?;
     let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
     let reftable = read_words(&core, &storage, header.reftable_offset, entries).await?;
