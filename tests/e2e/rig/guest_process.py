@@ -260,7 +260,8 @@ class Guest:
             self.next_due = max(self.next_due + 1.0 / self.plan["rate"], now - 0.1)
         idle = not self.active() and all(d.in_flight == 0 for d in self.disks)
         if self.waiting and idle:
-            waiting, self.waiting = self.waiting, None
+            # stays set until it is answered: a read that fails is answered, too
+            waiting = self.waiting
             if waiting == "verify":
                 self.verify_all()
             elif waiting == "flush":
@@ -269,6 +270,7 @@ class Guest:
                     disk.h.flush()
                     row[2] = time.monotonic_ns()
                     self.flushes.append(row)
+            self.waiting = None
             self.answer(**self.state())
 
     def wait_for_something(self):
