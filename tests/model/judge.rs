@@ -158,9 +158,9 @@ pub(crate) fn has_peer() -> bool {
 
 /// Lets `qemu-img` judge what a power cut left: no corruptions, and the bytes that we read.
 pub(crate) fn peer_agrees(world: &World, fs: &SimFs, folder: &Path) -> Result<(), String> {
-    for image in world.images.borrow().iter() {
-        let target = folder.join(&image.name);
-        fs.export(image.path(), &target).map_err(|error| format!("{}: {error}", image.name))?;
+    for path in fs.paths() {
+        let target = folder.join(path.file_name().unwrap_or_default());
+        fs.export(&path, &target).map_err(|error| format!("{}: {error}", path.display()))?;
     }
     for image in world.images.borrow().iter().filter(|image| image.qcow2.is_some()) {
         let alone = peer_name(std::slice::from_ref(image));

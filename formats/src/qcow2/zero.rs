@@ -159,7 +159,8 @@ impl State {
         }
         let slice = self.geometry.slice_of(first);
         if self.l2_table(self.geometry.l1_of_slice(slice))? == Table::None {
-            return Ok(Plan::Write { len: one });
+            let clusters = self.unmapped_from(first).min(count).max(1);
+            return Ok(Plan::Write { len: len.min(clusters * cluster - head) });
         }
         Ok(match self.lookup(first)? {
             Lookup::Miss(miss) => Plan::Miss(miss),
@@ -171,7 +172,10 @@ impl State {
                 let run = self.run_of(first, count, entry);
                 Plan::Storage { len: len.min(run * cluster - head), host: host + head }
             }
-            Lookup::Entry(_) => Plan::Write { len: one },
+            Lookup::Entry(entry) => {
+                let run = self.run_of(first, count, entry);
+                Plan::Write { len: len.min(run * cluster - head) }
+            }
         })
     }
 }
