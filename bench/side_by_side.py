@@ -20,6 +20,8 @@ import tempfile
 import time
 
 TICKS = os.sysconf("SC_CLK_TCK")
+# Daemons to end if the run is broken off.
+RUNNING = []
 
 
 def cpu_seconds(pid):
@@ -53,6 +55,7 @@ class Daemon:
                     "--monitor", "chardev=mon",
                     "--nbd-server", f"addr.type=unix,addr.path={self.nbd_path}"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        RUNNING.append(self.process)
         self.socket = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + 10
         while True:
@@ -75,7 +78,7 @@ class Daemon:
             raise RuntimeError("the daemon closed its monitor")
         return json.loads(line)
 
-    def command(self, name, **arguments):
+    def command(self, name, /, **arguments):
         """Runs a command and returns its answer; events are kept."""
         names = {key.replace("_", "-"): value for key, value in arguments.items()}
         self.file.write(json.dumps({"execute": name, "arguments": names}) + "\n")
@@ -108,6 +111,7 @@ class Daemon:
         """Ends the daemon."""
         self.command("quit")
         self.process.wait(10)
+        RUNNING.remove(self.process)
 
 
 def fio(arguments, uri, rt):
@@ -241,6 +245,8 @@ def main():
                                                options.rt))
                 report(f"{kind} {driver}", *runs)
     finally:
+        for process in RUNNING:
+            process.kill()
         shutil.rmtree(folder)
 
 
