@@ -1,6 +1,7 @@
 //! The demo's guest: workers that write stamped 4 KiB blocks and read them back, all the time.
 //!
-//! Every block carries its number and its version. Each worker owns the blocks of its residue class,
+//! Every block carries its number and its version. Each worker owns the blocks of its residue
+//! class,
 //! so the guest always knows which version a read must return. For every block it keeps the version
 //! last sent and the version last answered: that proves what a point-in-time copy must hold.
 
