@@ -39,6 +39,10 @@ pub const RETRY_DELAY_NS: u64 = 100_000_000;
 /// hook, which does nothing any more, is taken out when the source is quiet.
 pub const UNHOOK_WAIT_NS: u64 = 300_000_000;
 
+/// Nanoseconds that the end of a job waits for copies in flight; after that the target stays in use
+/// until they are over.
+pub const LANDING_WAIT_NS: u64 = 500_000_000;
+
 /// Nanoseconds that a cut of a job may wait for requests in flight.
 pub const CUT_WAIT_NS: u64 = 30_000_000_000;
 

@@ -18,7 +18,7 @@ use crate::copy::Copy;
 use crate::error::{JobError, Result};
 use crate::job::Job;
 use crate::lifecycle::Status;
-use crate::limits::{CUT_WAIT_NS, UNHOOK_WAIT_NS};
+use crate::limits::{CUT_WAIT_NS, LANDING_WAIT_NS, UNHOOK_WAIT_NS};
 use crate::manager::JobManager;
 
 /// A hook on a node, or its place.
@@ -162,6 +162,9 @@ async fn drive(prepared: Prepared) {
     if !job.has_last_step() {
         copy.kill();
         slot.remove_in_cut().await;
+        // Who hears of the end may remove the target; only one that hangs stays in use.
+        let landed = job.changed().until(|| copy.has_landed());
+        let _: Either<(), ()> = select(landed, job.core().sleep(LANDING_WAIT_NS)).await;
     }
     if let Some(manager) = job.manager() {
         manager.body_ended(&job, result);

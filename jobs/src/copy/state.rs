@@ -222,6 +222,11 @@ impl Copy {
         self.units_in_flight.get() == 0
     }
 
+    /// Whether no copy at all is doing I/O or holds bytes.
+    pub(crate) fn has_landed(&self) -> bool {
+        self.bytes_in_flight.get() == 0
+    }
+
     /// Whether everything dirty has reached the target (not yet its disk).
     pub(crate) fn is_clean(&self) -> bool {
         self.todo.borrow().is_clean() && self.is_quiet() && self.regions.is_empty()
