@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use liveblk::engine::buf::Buf;
 use liveblk::engine::driver::sim::Rng;
 use liveblk::engine::node::StatusKind;
 use liveblk::{Error, ErrorKind, WriteFlags, ZeroFlags};
@@ -57,12 +58,30 @@ async fn request(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let range = place(state, rng);
     match rng.below(100) {
         0..38 => write(world, state, range, rng).await,
-        38..60 => read(world, state, range).await,
+        38..60 => read(world, state, range, rng).await,
         60..74 => zero(world, state, range, rng).await,
         74..84 => discard(world, state, range, rng).await,
         84..94 => flush(world, state).await,
         94..97 => abandon(world, state, range),
         _ => status(world, state, range).await,
+    }
+}
+
+/// Memory for a request: sometimes unaligned, sometimes in several parts.
+fn memory(world: &World, len: usize, rng: &mut Rng) -> Buf {
+    let pool = world.core.pool();
+    match rng.below(10) {
+        0 => {
+            let shift = 8 << rng.below(7);
+            pool.alloc(len + shift).slice(shift..shift + len)
+        }
+        1 => {
+            let cut = rng.index(len / BLOCK + 1) * BLOCK;
+            let mut buf = pool.alloc(cut);
+            buf.append(pool.alloc(len - cut));
+            buf
+        }
+        _ => pool.alloc(len),
     }
 }
 
@@ -87,7 +106,7 @@ fn place(state: &DiskState, rng: &mut Rng) -> Range {
 
 async fn write(world: &World, state: &DiskState, range: Range, rng: &mut Rng) {
     let value = world.clock.value();
-    let buf = world.core.pool().alloc(range.len());
+    let buf = memory(world, range.len(), rng);
     pattern::fill(&buf, value, range.first);
     let flags = WriteFlags { fua: rng.chance(100) };
     let began = world.clock.tick();
@@ -97,8 +116,8 @@ async fn write(world: &World, state: &DiskState, range: Range, rng: &mut Rng) {
     state.ledger.end(id, sure, sure && flags.fua);
 }
 
-async fn read(world: &World, state: &DiskState, range: Range) {
-    let buf = world.core.pool().alloc(range.len());
+async fn read(world: &World, state: &DiskState, range: Range, rng: &mut Rng) {
+    let buf = memory(world, range.len(), rng);
     let from = world.clock.tick();
     let answer = state.disk.read(range.offset(), buf.clone()).await;
     let window = Window { from, to: world.clock.tick() };

@@ -158,8 +158,8 @@ impl Ledger {
         all.join(" ")
     }
 
-    /// Judges a read of the blocks from `first` on that took place within `window`; what it found in
-    /// blocks that nobody changed meanwhile, they hold from now on.
+    /// Judges a read of the blocks from `first` on that took place within `window`; what it found
+    /// in blocks that nobody changed meanwhile, they hold from now on.
     pub(crate) fn read(
         &self,
         first: usize,
@@ -181,7 +181,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// `block` shows write `value`, so overlapping writes that ended before `at` happened before it.
+    /// `block` shows write `value`, so overlapping writes that ended before `at` came before it.
     fn learn_order(&self, block: usize, value: Value, at: Tick) -> Result<(), String> {
         let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
         let known = || {

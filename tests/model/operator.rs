@@ -53,7 +53,7 @@ async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let deep = world.chain(index).len() >= LAYERS_MAX;
     match rng.below(12) {
         _ if deep => mirror(world, index, rng, Ending::Complete).await,
-        0..3 => backup(world, index, rng).await,
+        0..3 => backup(world, index, rng, 0).await,
         3..6 => mirror(world, index, rng, Ending::Complete).await,
         6..8 => mirror(world, index, rng, Ending::Keep).await,
         8 => mirror(world, index, rng, Ending::Abandon).await,
@@ -125,7 +125,8 @@ pub(crate) fn is_excused(world: &World, error: &JobError) -> bool {
     }
 }
 
-async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng) {
+/// Runs a backup; sometimes something else of the disk begins and ends meanwhile.
+async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
     let source = world.disks[index].disk.node();
     let Target { chain, node } = target(world, index, COPY, rng).await;
     let spec = BackupSpec {
@@ -145,9 +146,15 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng) {
         Err(error) => panic!("a backup does not start: {error}"),
     };
     window.set(Some(Window { from, to: world.clock.tick() }));
-    if rng.chance(100) {
-        // Perhaps it is gone already.
-        let _ = world.host.jobs().block_job_verb(job.id(), Verb::Cancel, true);
+    meddle(world, &job, rng).await;
+    match rng.below(20) {
+        0..2 => {
+            // Perhaps it is gone already.
+            let _ = world.host.jobs().block_job_verb(job.id(), Verb::Cancel, true);
+        }
+        2..5 if nested < 2 => Box::pin(backup(world, index, rng, nested + 1)).await,
+        5..8 => together::snapshots(world, &[index], rng).await,
+        _ => {}
     }
     match gone(world, &job).await {
         Ok(()) => judge_copy(world, index, &node, window.get(), "backup").await,
@@ -155,6 +162,21 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng) {
         Err(error) => assert!(is_excused(world, &error), "a backup failed: {error}"),
     }
     close(world, &node).await;
+}
+
+/// Pauses and resumes a job, and limits its speed for a while.
+async fn meddle(world: &Rc<World>, job: &Rc<Job>, rng: &mut Rng) {
+    if rng.chance(700) {
+        return;
+    }
+    let jobs = world.host.jobs();
+    // The job may be gone before each of these.
+    let _ = jobs.set_speed(job.id(), 1 << rng.below(24));
+    let _ = jobs.block_job_verb(job.id(), Verb::Pause, false);
+    world.core.sleep(rng.below(1_000_000)).await;
+    let _ = jobs.block_job_verb(job.id(), Verb::Resume, false);
+    world.core.sleep(rng.below(1_000_000)).await;
+    let _ = jobs.set_speed(job.id(), 0);
 }
 
 /// At the moment of the job's event, its target becomes something that survives every cut.
@@ -224,6 +246,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         Err(error) if is_excused(world, &error) => return close(world, &node).await,
         Err(error) => panic!("a mirror does not start: {error}"),
     };
+    meddle(world, &job, rng).await;
     let jobs = world.host.jobs();
     if ending == Ending::Abandon {
         world.core.sleep(rng.below(2_000_000)).await;
