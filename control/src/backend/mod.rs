@@ -1,6 +1,6 @@
 //! Commands on the engine.
 //!
-//! Owns: the one [`Control`] object on core 0 that executes typed commands, the events that jobs and
+//! Owns: the one `Control` object on core 0 that executes typed commands, the events that jobs and
 //! exports cause, and the table of errors. Promises: every command is answered once; an event that
 //! is caused before an answer is delivered before it, because both leave from the same thread.
 //! Does not: parse, nor know a monitor.

@@ -317,6 +317,7 @@ impl Graph {
                     return Err(GraphError::ReadOnly.into());
                 }
                 let storage = node.format().data_storage().clone();
+                self.check_own_name(spec)?;
                 self.lock_for(&storage, spec).await?;
                 let filename = PathBuf::from(node.filename());
                 Ok((Some(node), storage, filename))
@@ -328,6 +329,7 @@ impl Graph {
                 }
                 seen.push(file.identity());
                 let storage = Storage::File(file);
+                self.check_own_name(spec)?;
                 self.lock_for(&storage, spec).await?;
                 let filename = file_spec.shown_as.clone().unwrap_or(file_spec.path.clone());
                 if protocol {
@@ -337,6 +339,11 @@ impl Graph {
                 Ok((Some(node), storage, filename))
             }
         }
+    }
+
+    /// A bad name is told before a lock of somebody else, as the peer does.
+    fn check_own_name(&self, spec: &OpenNode) -> Result<()> {
+        spec.name.as_ref().map_or(Ok(()), |name| self.check_name(name))
     }
 
     async fn open_file(&self, file: &FileSpec, spec: &mut OpenNode) -> Result<Rc<File>> {

@@ -104,7 +104,7 @@ impl Guest {
         while !self.stopping.get() {
             let block = self.core.random() % (blocks / WORKERS) * WORKERS + worker;
             let begun = self.core.now();
-            let result = if self.core.random() % 4 == 0 {
+            let result = if self.core.random().is_multiple_of(4) {
                 self.verify(block, &buf).await
             } else {
                 self.write(block, &buf).await

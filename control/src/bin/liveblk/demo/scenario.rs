@@ -273,6 +273,6 @@ fn stall(guest: &Running) -> String {
 /// Bytes and rate as people read them.
 fn rate(bytes: u64, nanos: u64) -> String {
     let mib = bytes >> 20;
-    let per_second = bytes.saturating_mul(1000) / (nanos / 1_000_000).max(1) >> 20;
+    let per_second = (bytes.saturating_mul(1000) / (nanos / 1_000_000).max(1)) >> 20;
     format!("{mib} MiB at {per_second} MiB/s")
 }
