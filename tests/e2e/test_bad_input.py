@@ -376,16 +376,14 @@ async def backing_loops_fifos_and_deep_chains_are_refused_at_once(world):
     for i in range(1, 301):
         with open(p("deep0.qcow2"), "rb") as source, open(p(f"deep{i}.qcow2"), "wb") as out:
             out.write(source.read())
-    await asyncio.gather(*[_rebase(p, i) for i in range(1, 301)])
+    few = asyncio.Semaphore(4)
+    await asyncio.gather(*[_rebase(few, p, i) for i in range(1, 301)])
     await refusal(b.d, qcow2(p("deep300.qcow2")))
     await b.end()
 
 
-_few = asyncio.Semaphore(4)
-
-
-async def _rebase(p, i):
-    async with _few:
+async def _rebase(few, p, i):
+    async with few:
         await images.tool("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", p(f"deep{i - 1}.qcow2"),
                           "-F", "qcow2", p(f"deep{i}.qcow2"))
 
