@@ -101,8 +101,7 @@ impl Negotiation {
                 self.meta_context(offers, option, data, &mut out);
             }
             OptionCode::ExtendedHeaders | OptionCode::Unknown(_) => {
-                let message =
-                    format!("Unsupported option {} ({})", option.number(), option.name());
+                let message = format!("Unsupported option {} ({})", option.number(), option.name());
                 out.error(OptionReply::ErrUnsupported, &message);
             }
         }

@@ -17,12 +17,10 @@ use liveblk_engine::storage::Storage;
 use super::cache::{Cache, IntMap};
 use super::header::Header;
 use super::image::{Image, Options};
-use super::layout::{
-    COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK,
-};
-use crate::reason::Reason;
+use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
 use crate::limits::{CACHE_SLICES_MIN, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES, TABLE_PIECE};
+use crate::reason::Reason;
 
 /// Bytes that are read to learn the cluster size.
 const FIRST_READ: u64 = 4096;
