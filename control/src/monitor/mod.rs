@@ -16,18 +16,11 @@ mod hub;
 mod output;
 mod serve;
 mod stdio;
+mod system_text;
 mod transport;
 
 pub use backend::{Backend, EventSink, ReplySink};
 pub(crate) use chardev::adopt_listener;
 pub use chardev::{Chardev, Chardevs};
 pub use serve::{MonitorSetup, serve};
-
-/// The text of a system error, without the number that Rust appends.
-pub(crate) fn system_text(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((text, _)) => text.to_owned(),
-        None => text,
-    }
-}
+pub(crate) use system_text::system_text;

@@ -231,8 +231,8 @@ impl Copy {
         }
     }
 
-    /// Starts a copy that a guest waits for; false if the reserve is used up or a copy there is about
-    /// to end.
+    /// Starts a copy that a guest waits for; false if the reserve is used up or a copy there is
+    /// about to end.
     fn start_before_write(self: &Rc<Self>, range: GuestRange) -> bool {
         if self.regions.overlap(range).is_some() {
             // Looked at first: a flight taken and given back would wake the caller for ever.
