@@ -8,7 +8,8 @@
 //! what a job said to be complete is complete.
 //!
 //! `LIVEBLK_SEED=N cargo test --release --test model -- --nocapture` replays one seed;
-//! `LIVEBLK_SEEDS=N` and `LIVEBLK_FIRST_SEED=N` choose how many, from which.
+//! `LIVEBLK_SEEDS=N` and `LIVEBLK_FIRST_SEED=N` choose how many, from which; `LIVEBLK_SECONDS=N`
+//! bounds the time.
 
 #[path = "model/guest.rs"]
 mod guest;
@@ -38,6 +39,9 @@ use run::{Outcome, Settings};
 
 /// One seed in so many is also judged by `qemu-img`.
 const PEER_EVERY: u64 = 100;
+
+/// Seconds after which no further seed is begun.
+const SECONDS: u64 = 420;
 
 /// A number from the environment, under the name of this test or of the runner of all tests.
 fn number(names: [&str; 2]) -> Option<u64> {
@@ -74,6 +78,7 @@ impl Sums {
         let sum = &mut self.outcome;
         sum.requests += outcome.requests;
         sum.requests_in_jobs += outcome.requests_in_jobs;
+        sum.requests_failed += outcome.requests_failed;
         sum.jobs += outcome.jobs;
         sum.cuts += outcome.cuts;
         sum.peer += outcome.peer;
@@ -91,6 +96,7 @@ fn guests_read_what_they_wrote_and_keep_what_they_flushed() {
     let default = if cfg!(debug_assertions) { 40 } else { 2000 };
     let seeds = number(["LIVEBLK_SEEDS", "MODEL_SEEDS"]).unwrap_or(default);
     let first = number(["LIVEBLK_FIRST_SEED", "MODEL_FIRST_SEED"]).unwrap_or(1);
+    let seconds = number(["LIVEBLK_SECONDS", "MODEL_SECONDS"]).unwrap_or(SECONDS);
     let next = AtomicU64::new(first);
     let sums = Mutex::new(Sums::default());
     let began = Instant::now();
@@ -99,7 +105,8 @@ fn guests_read_what_they_wrote_and_keep_what_they_flushed() {
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= first + seeds || sums.lock().unwrap().failed.len() > 4 {
+                    let late = began.elapsed().as_secs() >= seconds;
+                    if late || seed >= first + seeds || sums.lock().unwrap().failed.len() > 4 {
                         return;
                     }
                     let ask_peer = peer && seed.is_multiple_of(PEER_EVERY);
@@ -114,12 +121,16 @@ fn guests_read_what_they_wrote_and_keep_what_they_flushed() {
     let Outcome { requests, requests_in_jobs, jobs, cuts, peer: asked, .. } = sums.outcome;
     println!(
         "{} seeds in {:.1} s ({:.0} per minute): {requests} requests, {requests_in_jobs} of them \
-         while one of {jobs} jobs ran, {cuts} power cuts judged, {asked} also by qemu-img{}",
+         while one of {jobs} jobs ran, {} failed as planned, {cuts} power cuts judged, {asked} also by qemu-img{}",
         sums.seeds,
         took.as_secs_f64(),
         sums.seeds as f64 * 60.0 / took.as_secs_f64(),
+        sums.outcome.requests_failed,
         if peer { "" } else { " (which is not installed)" }
     );
+    if sums.seeds < seeds {
+        println!("stopped before {seeds} seeds: too many failures, or {seconds} s are over");
+    }
     assert!(sums.failed.is_empty(), "failed seeds: {:?}", sums.failed);
     assert!(requests_in_jobs * 5 >= requests, "at least a fifth of the requests beside a job");
 }

@@ -193,11 +193,15 @@ async fn status(world: &World, state: &DiskState, range: Range) {
 
 /// Whether the answer is good; a failure that nothing explains ends the test.
 fn judge<T>(world: &World, what: &str, began: Tick, answer: &Result<T, Error>) -> bool {
-    match answer {
-        Ok(_) => true,
-        Err(error) if began < world.full_until.get() && error.kind() == ErrorKind::NoSpace => false,
-        Err(error) => panic!("{what} failed: {error}"),
-    }
+    let Err(error) = answer else { return true };
+    let explained = match error.kind() {
+        ErrorKind::NoSpace => began < world.full_until.get(),
+        ErrorKind::Io(_) | ErrorKind::Poisoned => world.is_broken.get(),
+        _ => false,
+    };
+    assert!(explained, "{what} failed: {error}");
+    world.requests_failed.set(world.requests_failed.get() + 1);
+    false
 }
 
 fn is(kind: ErrorKind) -> impl Fn(&Error) -> bool {

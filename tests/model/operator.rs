@@ -121,7 +121,11 @@ pub(crate) fn is_excused(world: &World, error: &JobError) -> bool {
     match error {
         JobError::Engine(error) => world.is_planned(error),
         // A layer could not be created.
-        error => world.plan.full.is_some() && error.to_string().contains("No space left"),
+        error => {
+            let text = error.to_string();
+            (world.plan.full.is_some() && text.contains("No space left"))
+                || (world.plan.broken_at.is_some() && !matches!(error, JobError::Cancelled))
+        }
     }
 }
 

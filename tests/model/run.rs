@@ -17,6 +17,7 @@ pub(crate) struct Outcome {
     pub(crate) trace: u64,
     pub(crate) requests: u64,
     pub(crate) requests_in_jobs: u64,
+    pub(crate) requests_failed: u64,
     pub(crate) jobs: u64,
     pub(crate) cuts: u64,
     pub(crate) peer: u64,
@@ -76,6 +77,13 @@ pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
                 sim.fs().set_capacity(None);
                 world.full_until.set(world.clock.tick());
             }
+            Happening::DiskFails(kind) => {
+                world.is_broken.set(true);
+                for name in ["disk", "layer", "target"] {
+                    let chosen = OpFilter::any().file(name).kind(kind);
+                    sim.inject(FaultRule::once(chosen, EIO));
+                }
+            }
             Happening::CopyFails => {
                 let writes = OpFilter::any().file("copy").kind(SimOpKind::Write);
                 sim.inject(FaultRule::once(writes, EIO));
@@ -87,14 +95,15 @@ pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
     let closing = Rc::clone(&world);
     let sent = world.clock.tick();
     let closed = sim.block_on(0, |_| async move { closing.host.close().await });
-    closed.unwrap_or_else(|error| panic!("the chains do not close: {error}"));
-    for state in &world.disks {
-        state.ledger.flushed(sent);
+    match closed {
+        Ok(()) => world.disks.iter().for_each(|state| state.ledger.flushed(sent)),
+        Err(error) => assert!(world.is_broken.get(), "the chains do not close: {error}"),
     }
     look(&sim, &world, 0, &mut outcome, false);
     outcome.trace = sim.trace_hash();
     outcome.requests = world.requests.get().into();
     outcome.requests_in_jobs = world.requests_in_jobs.get().into();
+    outcome.requests_failed = world.requests_failed.get().into();
     outcome.jobs = world.jobs_ended.get().into();
     outcome
 }

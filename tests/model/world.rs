@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use liveblk::engine::driver::sim::{Rng, Sim, SimConfig, SimFs};
+use liveblk::engine::driver::sim::{Rng, Sim, SimConfig, SimFs, SimOpKind};
 use liveblk::engine::executor::sync::Semaphore;
 use liveblk::engine::executor::{Class, Core};
 use liveblk::engine::format::ReferencePolicy;
@@ -30,6 +30,8 @@ pub(crate) struct Plan {
     pub(crate) full: Option<Full>,
     /// After how many requests a write to a target of a backup fails, with EIO.
     pub(crate) fault_at: Option<u32>,
+    /// After how many requests a write or a sync of a disk's own files fails, with EIO.
+    pub(crate) broken_at: Option<(u32, SimOpKind)>,
 }
 
 /// A time without space.
@@ -53,6 +55,8 @@ pub(crate) enum Happening {
     Space,
     /// One write to a target of a backup fails.
     CopyFails,
+    /// One operation on a file that a disk may live in fails.
+    DiskFails(SimOpKind),
 }
 
 /// What a disk starts as.
@@ -98,9 +102,13 @@ pub(crate) struct World {
     pub(crate) next_name: Cell<u32>,
     pub(crate) requests: Cell<u32>,
     pub(crate) requests_in_jobs: Cell<u32>,
+    /// Requests that failed as the plan of the world allows.
+    pub(crate) requests_failed: Cell<u32>,
     pub(crate) jobs_running: Cell<u32>,
     pub(crate) jobs_ended: Cell<u32>,
     pub(crate) tasks: Cell<u32>,
+    /// An operation on a disk's own file may have failed: so may requests from now on.
+    pub(crate) is_broken: Cell<bool>,
     /// Requests that began before this may fail for want of space.
     pub(crate) full_until: Cell<Tick>,
     /// What happens at the very moment when a job says that it is complete, by its id.
@@ -125,7 +133,11 @@ impl Plan {
             Full { from, to, spare: rng.below(64) * 4096 }
         });
         let fault_at = rng.chance(100).then(|| number(rng.below(250)));
-        Self { seed, requests, depth, disks, cuts, full, fault_at }
+        let broken_at = rng.chance(100).then(|| {
+            let kind = *rng.pick(&[SimOpKind::Write, SimOpKind::Sync]);
+            (number(rng.below(280)), kind)
+        });
+        Self { seed, requests, depth, disks, cuts, full, fault_at, broken_at }
     }
 
     /// What happens, by the number of requests made before.
@@ -139,6 +151,7 @@ impl Plan {
             all.push((to, Happening::Space));
         }
         all.extend(self.fault_at.map(|at| (at, Happening::CopyFails)));
+        all.extend(self.broken_at.map(|(at, kind)| (at, Happening::DiskFails(kind))));
         all.sort_by_key(|(at, _)| *at);
         all
     }
@@ -283,9 +296,11 @@ impl World {
             next_name: Cell::new(0),
             requests: Cell::new(0),
             requests_in_jobs: Cell::new(0),
+            requests_failed: Cell::new(0),
             jobs_running: Cell::new(0),
             jobs_ended: Cell::new(0),
             tasks: Cell::new(0),
+            is_broken: Cell::new(false),
             full_until: Cell::new(0),
             at_success: RefCell::default(),
         });
@@ -337,7 +352,9 @@ impl World {
     pub(crate) fn is_planned(&self, error: &Error) -> bool {
         match error.kind() {
             ErrorKind::NoSpace => self.plan.full.is_some(),
-            ErrorKind::Io(_) | ErrorKind::Poisoned => self.plan.fault_at.is_some(),
+            ErrorKind::Io(_) | ErrorKind::Poisoned => {
+                self.plan.fault_at.is_some() || self.plan.broken_at.is_some()
+            }
             _ => false,
         }
     }
