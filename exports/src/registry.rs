@@ -88,7 +88,7 @@ impl Exports {
     pub async fn stop_nbd(&self) -> Result<(), ExportError> {
         let server = self.0.server.borrow_mut().take().ok_or(ExportError::ServerNotRunning)?;
         let exports = self.0.exports.borrow().clone();
-        for export in &exports {
+        for export in exports.iter().rev() {
             server.remove(export);
             self.retire(export, RemoveMode::Hard);
         }

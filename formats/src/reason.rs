@@ -257,7 +257,7 @@ impl Reason {
             Self::RawRange { offset, size, file } => write!(
                 f,
                 "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
-                     the actual size of the containing file ({file})"
+                     the  actual size of the containing file ({file})"
             ),
             other => other.fmt_reference(f),
         }

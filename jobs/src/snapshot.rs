@@ -97,7 +97,11 @@ pub(crate) fn prepare_nodes(core: &Core, node: &str, overlay: &str) -> Result<Pr
     check_base(core, &base)?;
     let overlay = find(core, overlay, overlay)?;
     check_overlay(core, &overlay)?;
-    if overlay.id() == base.id() {
+    let guests = base.users().iter().any(|user| matches!(user, User::Guest { .. }));
+    let written = |(_, with): &(User, Permissions)| with.perm & Permissions::WRITE != 0;
+    // A job goes on writing to its target: guests must not come to it, too.
+    let two_writers = guests && overlay.uses().iter().any(written);
+    if overlay.id() == base.id() || two_writers {
         return Err(SnapshotError::OverlayInUse.into());
     }
     Ok(PreparedSnapshot { base, overlay, origin: Origin::Client })

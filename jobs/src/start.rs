@@ -16,6 +16,7 @@ use liveblk_engine::node::{HookId, Node, Origin, Permissions, Role, User, WriteH
 
 use crate::copy::Copy;
 use crate::error::{JobError, Result};
+use crate::event::Kind;
 use crate::job::Job;
 use crate::lifecycle::Status;
 use crate::limits::{CUT_WAIT_NS, LANDING_WAIT_NS, UNHOOK_WAIT_NS};
@@ -195,7 +196,12 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
         perm: Permissions::CONSISTENT_READ,
         shared: Permissions::ALL & !Permissions::RESIZE,
     };
-    let write = Permissions { perm: Permissions::WRITE, shared: Permissions::WRITE_UNCHANGED };
+    // What a backup has written so far may be looked at; a mirror's target is nothing until READY.
+    let shared = match job.kind() {
+        Kind::Mirror => Permissions::WRITE_UNCHANGED,
+        Kind::Backup => Permissions::ALL & !Permissions::RESIZE,
+    };
+    let write = Permissions { perm: Permissions::WRITE, shared };
     let source = graph.use_node(source, user(Role::Source), read)?;
     let target: Rc<dyn Any> = Rc::new(graph.use_node(target, user(Role::Target), write)?);
     job.keep(Box::new(source));

@@ -25,7 +25,7 @@ impl Control {
             return Err(not_yet("Option 'replaces' for another node than the source"));
         }
         if let Some(name) = &mirror.filter_node_name {
-            self.check_filter_name(name)?;
+            self.graph.check_name(name)?;
         }
         if mirror.buf_size.is_some_and(|size| size < 0) {
             return Err(Failure::generic("Invalid parameter 'buf-size'"));
@@ -83,15 +83,10 @@ impl Control {
         if backup.discard_source {
             return Err(not_yet("Option 'discard-source'"));
         }
-        match &backup.filter_node_name {
-            Some(name) => self.check_filter_name(name),
-            None => Ok(()),
-        }
-    }
-
-    fn check_filter_name(&self, name: &str) -> Result<()> {
-        self.graph.check_name(name)?;
-        Ok(())
+        let Some(name) = &backup.filter_node_name else { return Ok(()) };
+        self.graph
+            .check_name(name)
+            .map_err(|error| Failure::generic(format!("Could not create node: {error}")))
     }
 
     /// `blockdev-snapshot`.
@@ -202,8 +197,8 @@ fn backup_job(backup: BlockdevBackup) -> JobOptions {
 }
 
 fn check_perf(perf: &BackupPerf) -> Result<()> {
-    if perf.max_workers.is_some_and(|workers| workers < 1) {
-        return Err(Failure::generic("max-workers must be greater than zero"));
+    if perf.max_workers.is_some_and(|workers| !(1..=i64::from(i32::MAX)).contains(&workers)) {
+        return Err(Failure::generic("max-workers must be between 1 and 2147483647"));
     }
     if perf.max_chunk.is_some_and(|chunk| chunk < 0) {
         let desc = "max-chunk must be zero (which means no limit) or positive";

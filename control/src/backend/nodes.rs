@@ -63,8 +63,14 @@ impl Control {
     pub(super) async fn remove_node(&self, name: &str) -> Result<()> {
         let node = self.graph.find(name)?;
         let users = node.users();
-        let fronts =
-            |user: &User| matches!(user, User::Guest { .. } | User::Job { role: Role::Target, .. });
+        // In the peer a job's filter stands between a guest and the source.
+        let is_source = |user: &User| matches!(user, User::Job { role: Role::Source, .. });
+        let below_filter = users.iter().any(is_source);
+        let fronts = |user: &User| match user {
+            User::Guest { .. } => !below_filter,
+            User::Job { kind, role: Role::Target, .. } => *kind == "mirror",
+            _ => false,
+        };
         let refusal = if users.iter().any(fronts) {
             Some(GraphError::InUse(name.to_owned()))
         } else {
@@ -94,6 +100,7 @@ fn blocker(name: &str, user: &User) -> Option<GraphError> {
             edge: "backing",
             parent: parent.to_string(),
         }),
+        User::Job { kind: "backup", role: Role::Source, .. } => None,
         User::Job { kind, .. } => {
             Some(GraphError::BusyWithJob { node: name.to_owned(), kind: (*kind).to_owned() })
         }
@@ -154,8 +161,7 @@ fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
 fn raw_image(raw: RawOptions, own: Inherited) -> Result<OpenNode> {
     let positive = |name: &str, value: i64| {
         u64::try_from(value).map_err(|_| {
-            let rule = "expects a non-negative number below 2^64";
-            Failure::generic(format!("Parameter '{name}' {rule}"))
+            Failure::generic(format!("Value '{value}' is out of range for parameter '{name}'"))
         })
     };
     let mut open = OpenNode::new("raw", "");

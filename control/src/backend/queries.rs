@@ -58,7 +58,8 @@ impl Control {
         if !query_nodes {
             return Value::Array(Vec::new());
         }
-        self.graph.nodes().iter().map(stats).collect()
+        // The oldest first, unlike the list of nodes; as in the peer.
+        self.graph.nodes().iter().rev().map(stats).collect()
     }
 
     /// `query-jobs`.

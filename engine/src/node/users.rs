@@ -159,10 +159,8 @@ impl Node {
     /// # Errors
     /// `Busy` with a [`Conflict`] if another user excludes it.
     pub fn use_by(node: &Rc<Self>, user: User, permissions: Permissions) -> Result<UserGuard> {
-        for other in node.users.entries.borrow().iter() {
-            if let Some(conflict) = conflict(node, &user, permissions, other) {
-                return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
-            }
+        if let Some(conflict) = conflict(node, &user, permissions) {
+            return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
         }
         Ok(node.users.insert(node, user, permissions))
     }
@@ -179,13 +177,20 @@ impl Node {
     }
 }
 
-fn conflict(node: &Node, user: &User, permissions: Permissions, other: &Entry) -> Option<Conflict> {
-    let denied = permissions.perm & !other.permissions.shared;
-    if denied != 0 {
-        return Some(Conflict::new(node, denied, user, &other.user));
-    }
-    let refused = other.permissions.perm & !permissions.shared;
-    (refused != 0).then(|| Conflict::new(node, refused, &other.user, user))
+/// The conflict that the peer names: first what the new user excludes, then who excludes it, the
+/// latest of the others first.
+fn conflict(node: &Node, user: &User, permissions: Permissions) -> Option<Conflict> {
+    let entries = node.users.entries.borrow();
+    let excluded = entries.iter().rev().find_map(|other| {
+        let refused = other.permissions.perm & !permissions.shared;
+        (refused != 0).then(|| Conflict::new(node, refused, &other.user, user))
+    });
+    excluded.or_else(|| {
+        entries.iter().rev().find_map(|other| {
+            let denied = permissions.perm & !other.permissions.shared;
+            (denied != 0).then(|| Conflict::new(node, denied, user, &other.user))
+        })
+    })
 }
 
 impl Drop for UserGuard {
