@@ -9,7 +9,8 @@
 //!
 //! `LIVEBLK_SEED=N cargo test --release --test model -- --nocapture` replays one seed;
 //! `LIVEBLK_SEEDS=N` and `LIVEBLK_FIRST_SEED=N` choose how many, from which. Only
-//! `LIVEBLK_SECONDS=N` bounds the time; without it a run that does not get to its last seed has failed.
+//! `LIVEBLK_SECONDS=N` bounds the time; without it a run that does not get to its last seed has
+//! failed.
 
 #[path = "model/guest.rs"]
 mod guest;
@@ -118,8 +119,8 @@ fn guests_read_what_they_wrote_and_keep_what_they_flushed() {
     let Outcome { requests, requests_in_jobs, jobs, cuts, peer: asked, .. } = sums.outcome;
     println!(
         "{} seeds in {:.1} s ({:.0} per minute): {requests} requests, {requests_in_jobs} of them \
-         while one of {jobs} jobs ran, {} failed as planned, {cuts} power cuts judged, {asked} also \
-         by qemu-img{}",
+         while one of {jobs} jobs ran, {} failed as planned, {cuts} power cuts judged, \
+         {asked} also by qemu-img{}",
         sums.seeds,
         took.as_secs_f64(),
         sums.seeds as f64 * 60.0 / took.as_secs_f64(),
