@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ours and qemu-storage-daemon side by side, interleaved: guest I/O through NBD, and jobs.
 
-    bench/side_by_side.py --ours target/release/liveblkd [--pairs 5] [--rows guest,jobs] [--size MIB]
+    bench/side_by_side.py --ours target/release/liveblkd [--pairs 5] [--rows guest,jobs]
 
 For each row the two daemons run in turn (A B A B ...) on the same images on tmpfs, pinned to one
 core, the client to the other; printed are minimum, median and maximum of each figure and the

@@ -86,12 +86,22 @@ fn measure(server: &Server, structured: bool) -> (usize, u64) {
     for on in [true, false] {
         count(server, on);
     }
-    let before = server.with(|core, _| async move { core.counters() });
-    count(server, true);
-    drive(&mut client, ROUNDS, structured);
-    let allocations = count(server, false);
-    let after = server.with(|core, _| async move { core.counters() });
-    (allocations, after.enters - before.enters)
+    let mut last = (usize::MAX, 0);
+    // A queue may still grow once when requests happen to come closer together than in the warm-up.
+    // That is over after a few rounds; a request that allocates does so in every one of them.
+    for _ in 0..5 {
+        let before = server.with(|core, _| async move { core.counters() });
+        count(server, true);
+        drive(&mut client, ROUNDS, structured);
+        let allocations = count(server, false);
+        assert!((allocations as u64) < ROUNDS, "{allocations} allocations in {ROUNDS} rounds");
+        let after = server.with(|core, _| async move { core.counters() });
+        last = (allocations, after.enters - before.enters);
+        if allocations == 0 {
+            break;
+        }
+    }
+    last
 }
 
 #[test]
