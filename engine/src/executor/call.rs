@@ -153,6 +153,8 @@ const BORROWED: RawWakerVTable = RawWakerVTable::new(
     |_| {},
 );
 
+/// # Safety
+/// `data` points to the [`Target`] of a running `with_task_waker`.
 unsafe fn clone_borrowed(data: *const ()) -> RawWaker {
     // SAFETY: made by `with_task_waker`, whose target is alive during the poll.
     let target = unsafe { &*data.cast::<Target<'_>>() };
@@ -161,6 +163,8 @@ unsafe fn clone_borrowed(data: *const ()) -> RawWaker {
     RawWaker::new(owned.data(), owned.vtable())
 }
 
+/// # Safety
+/// `data` points to the [`Target`] of a running `with_task_waker`.
 unsafe fn wake_borrowed(data: *const ()) {
     // SAFETY: as in `clone_borrowed`.
     let target = unsafe { &*data.cast::<Target<'_>>() };

@@ -52,6 +52,8 @@ impl<F: Future> Of<F> {
         drop: Self::drop,
     };
 
+    /// # Safety
+    /// `memory` holds a `Stage<F>` that is not being polled and was not dropped.
     unsafe fn poll(memory: NonNull<u8>, context: &mut Context<'_>) -> bool {
         // SAFETY: the caller passes memory that holds a Stage<F>, not moved since it was written.
         let stage = unsafe { memory.cast::<Stage<F>>().as_mut() };
@@ -67,6 +69,8 @@ impl<F: Future> Of<F> {
         }
     }
 
+    /// # Safety
+    /// As for `poll`; `output` is valid for writing an `Option<F::Output>`.
     unsafe fn take(memory: NonNull<u8>, output: *mut u8) {
         // SAFETY: as in `poll`; the task is done, so nothing is pinned any more.
         let stage = unsafe { memory.cast::<Stage<F>>().as_mut() };
@@ -76,6 +80,8 @@ impl<F: Future> Of<F> {
         }
     }
 
+    /// # Safety
+    /// As for `poll`; nothing uses the contents afterwards.
     unsafe fn drop(memory: NonNull<u8>) {
         // SAFETY: the memory holds a Stage<F> that is dropped exactly once.
         unsafe { memory.cast::<Stage<F>>().drop_in_place() };
