@@ -159,7 +159,7 @@ impl Host {
             ..FileOptions::default()
         };
         let file = File::open(&self.core, options).await?;
-        let create = CreateImage { size, backing, cluster_size: None };
+        let create = CreateImage { size, backing, ..CreateImage::default() };
         let made = format.create(self.core.clone(), Storage::File(file), create).await;
         if made.is_err() {
             liveblk_engine::storage::unlink(&self.core, path).await?;

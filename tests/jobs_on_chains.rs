@@ -32,7 +32,7 @@ async fn image(core: &Core, name: &str, backing: Option<&str>) -> Rc<Node> {
     };
     let file = File::open(core, options).await.expect("a new file");
     let driver = liveblk_formats::registry().find("qcow2").expect("known");
-    let create = CreateImage { size: SIZE, backing: None, cluster_size: None };
+    let create = CreateImage { size: SIZE, ..CreateImage::default() };
     driver.create(core.clone(), Storage::File(file), create).await.expect("an image");
     let mut spec = OpenNode::new("qcow2", path).named(name);
     spec.options.discard_unmap = true;

@@ -25,6 +25,7 @@
 //!    stops one half-way.
 //! 5. Nothing panics on any content of the file.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -33,6 +34,7 @@ use std::rc::Rc;
 use smallvec::SmallVec;
 
 use crate::address::{GuestOffset, GuestRange, HostOffset};
+use crate::buf::Buf;
 use crate::error::Result;
 use crate::executor::Core;
 use crate::lease::Lease;
@@ -54,6 +56,8 @@ pub enum Mapping {
     Compressed,
     /// Reads as zeroes, here and in no layer below.
     Zero,
+    /// Reads as zeroes, and this range of the data storage is kept for it.
+    ZeroAllocated(HostOffset),
     /// Not in this layer: the next one decides (zeroes below the last).
     Absent,
     /// Not known without loading a table; nothing is known of the extents that follow.
@@ -217,6 +221,13 @@ pub trait Format {
     /// Bytes that one allocation covers; 1 where there is no allocation (raw).
     fn cluster_size(&self) -> u64;
 
+    /// Bytes of the smallest part of a cluster that can be mapped by itself: what a first write
+    /// must fill. The cluster size where clusters have no parts.
+    fn subcluster_size(&self) -> u64;
+
+    /// What only some formats can do.
+    fn abilities(&self) -> Abilities;
+
     /// The storage that [`Mapping::Data`] and [`WritePiece::host`] refer to.
     fn data_storage(&self) -> &Storage;
 
@@ -229,7 +240,7 @@ pub trait Format {
 
     /// Reads the decompressed bytes of the cluster at `at` (its start) into a new buffer of
     /// `cluster_size` bytes.
-    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<crate::buf::Buf>>;
+    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>>;
 
     /// Begins to write `range`; the answer covers a prefix.
     fn begin_write(&self, range: GuestRange) -> Result<WriteStep>;
@@ -260,6 +271,70 @@ pub trait Format {
     /// Flushes and closes in good order; the object is not used afterwards. Errors of deferred
     /// writes come out here.
     fn close(&self) -> LocalFuture<'_, Result<()>>;
+}
+
+/// What only some formats can do; `None`: this one cannot, or not with this image.
+#[derive(Clone, Default)]
+pub struct Abilities {
+    /// Writing clusters compressed.
+    pub compress: Option<Rc<dyn CompressedWrites>>,
+    /// Snapshots inside the image file.
+    pub snapshots: Option<Rc<dyn InternalSnapshots>>,
+}
+
+/// Writes that store whole clusters compressed.
+///
+/// Duties of the caller: as for [`Format::begin_write`]; the range is one whole cluster (at the end
+/// of the disk: what is left of it). The format moves no data: it packs in memory and says where
+/// the packed bytes go.
+pub trait CompressedWrites {
+    /// Packs the bytes of one cluster away from the core's loop. `None`: they do not get smaller,
+    /// write them as they are.
+    fn pack(&self, data: Buf) -> LocalFuture<'static, Result<Option<Buf>>>;
+
+    /// Begins to write `len` packed bytes for the cluster at `at`. A ready piece has `len` = the
+    /// packed bytes, no head and no tail; its host offset need not be aligned.
+    fn begin_packed(&self, at: GuestOffset, len: u64) -> Result<WriteStep>;
+}
+
+/// A snapshot inside an image file (qcow2 specification, "Snapshots").
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Unique text id, by default a number.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// Size of the saved machine state in bytes (0: a disk snapshot).
+    pub vm_state_size: u64,
+    /// Creation time: seconds since the epoch, and nanoseconds.
+    pub date_sec: u32,
+    /// Nanoseconds of the creation time.
+    pub date_nsec: u32,
+    /// Run time of the machine in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instruction count of the machine, if recorded.
+    pub icount: Option<u64>,
+    /// Virtual size of the disk then, in bytes.
+    pub disk_size: u64,
+}
+
+/// Snapshots inside the image.
+///
+/// Every change holds new writes back, waits until those in flight have ended, and is durable when
+/// its future ends; at any cut in between the image has either the old or the new set.
+pub trait InternalSnapshots {
+    /// The snapshots in the order of the table.
+    fn list(&self) -> Vec<SnapshotInfo>;
+
+    /// Takes a snapshot of the disk as it is; `info` gives name and times, an empty id means that
+    /// the next free number is taken.
+    fn create(&self, info: SnapshotInfo) -> LocalFuture<'static, Result<SnapshotInfo>>;
+
+    /// Removes the snapshot with this id, else the one with this name.
+    fn delete(&self, id_or_name: &str) -> LocalFuture<'static, Result<()>>;
+
+    /// Makes the disk what it was at the snapshot.
+    fn apply(&self, id_or_name: &str) -> LocalFuture<'static, Result<()>>;
 }
 
 /// A reference to a backing file as a header holds it.
@@ -327,6 +402,24 @@ pub struct ResolvedReference {
 pub type ResolveReference =
     fn(image: &Path, reference: &BackingRef, policy: &ReferencePolicy) -> Result<ResolvedReference>;
 
+/// Options of a format by their QMP names; the driver validates them and refuses unknown ones.
+pub type FormatOptions = BTreeMap<String, InfoValue>;
+
+/// Opens the storage that an image keeps its guest data in, given what the header says about it.
+pub type OpenData = Rc<dyn Fn(BackingRef) -> LocalFuture<'static, Result<Storage>>>;
+
+/// Where the guest data of an image lies that does not hold it itself.
+#[derive(Clone, Default)]
+pub enum DataSource {
+    /// Nowhere: an image that refers to a data file is refused.
+    #[default]
+    None,
+    /// In this storage, whatever the header says.
+    Given(Storage),
+    /// Where the header says, opened by this function (which applies the reference policy).
+    FromHeader(OpenData),
+}
+
 /// How an image is opened by a [`Driver`].
 #[derive(Clone)]
 pub struct OpenImage {
@@ -338,6 +431,10 @@ pub struct OpenImage {
     pub filename: PathBuf,
     /// Whether guest writes will be allowed.
     pub writable: bool,
+    /// The external data file.
+    pub data: DataSource,
+    /// Options of the format.
+    pub options: FormatOptions,
     /// For raw: the virtual disk starts here …
     pub raw_offset: u64,
     /// … and has this many bytes (default: to the end of the file).
@@ -345,7 +442,7 @@ pub struct OpenImage {
 }
 
 /// What a [`Driver`] is asked to create.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct CreateImage {
     /// Virtual size in bytes (multiple of 512).
     pub size: u64,
@@ -353,6 +450,10 @@ pub struct CreateImage {
     pub backing: Option<BackingRef>,
     /// Bytes per cluster; the format's default if absent.
     pub cluster_size: Option<u64>,
+    /// Further options of the format.
+    pub options: FormatOptions,
+    /// The file that will hold the guest data, opened and empty, if the options name one.
+    pub data: Option<Storage>,
 }
 
 /// A format by name: opens and creates images. Registered in a [`Registry`].

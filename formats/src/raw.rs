@@ -10,8 +10,8 @@ use liveblk_engine::address::{GuestOffset, GuestRange, HostOffset};
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
-    BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo, LocalFuture,
-    Mapping, MissId, OpenImage, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+    Abilities, BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo,
+    LocalFuture, Mapping, MissId, OpenImage, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::Lease;
 use liveblk_engine::storage::Storage;
@@ -71,6 +71,14 @@ impl Format for Raw {
 
     fn cluster_size(&self) -> u64 {
         1
+    }
+
+    fn subcluster_size(&self) -> u64 {
+        1
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities::default()
     }
 
     fn data_storage(&self) -> &Storage {

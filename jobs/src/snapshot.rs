@@ -266,7 +266,7 @@ impl NewFile {
                 file: base.filename(),
                 format: Some(base.driver().to_owned()),
             }),
-            cluster_size: None,
+            ..CreateImage::default()
         };
         match file.fill(core, &*driver, create).await {
             Ok(()) => Ok(file),

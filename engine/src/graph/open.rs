@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::error::GraphError;
 use super::registry::{Graph, GraphConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Driver, Format, OpenImage, ResolvedReference};
+use crate::format::{DataSource, Driver, Format, FormatOptions, OpenImage, ResolvedReference};
 use crate::limits::CHAIN_DEPTH;
 use crate::node::{Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard};
 use crate::storage::{File, FileOptions, LockRequest, Storage};
@@ -78,6 +78,8 @@ pub struct OpenNode {
     pub options: NodeOptions,
     /// Whether `blockdev-del` may remove it.
     pub monitor_owned: bool,
+    /// Options of the format by their QMP names.
+    pub format_options: FormatOptions,
     /// For raw: the first byte of the disk in the file.
     pub raw_offset: u64,
     /// For raw: bytes of the disk.
@@ -98,6 +100,7 @@ impl OpenNode {
             force_share: false,
             options: NodeOptions::default(),
             monitor_owned: false,
+            format_options: FormatOptions::new(),
             raw_offset: 0,
             raw_size: None,
         }
@@ -288,6 +291,8 @@ impl Graph {
             storage,
             filename: filename.to_path_buf(),
             writable: spec.writable,
+            data: DataSource::None,
+            options: spec.format_options.clone(),
             raw_offset: spec.raw_offset,
             raw_size: spec.raw_size,
         };

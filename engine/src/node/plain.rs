@@ -8,8 +8,8 @@ use crate::address::{GuestOffset, GuestRange, HostOffset};
 use crate::buf::Buf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    BackingRef, Extent, Extents, Format, ImageInfo, LocalFuture, Mapping, MissId, WriteGuard,
-    WritePiece, WriteStep, ZeroMode, ZeroStep,
+    Abilities, BackingRef, Extent, Extents, Format, ImageInfo, LocalFuture, Mapping, MissId,
+    WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use crate::lease::Lease;
 use crate::storage::Storage;
@@ -40,6 +40,14 @@ impl Format for Plain {
 
     fn cluster_size(&self) -> u64 {
         1
+    }
+
+    fn subcluster_size(&self) -> u64 {
+        1
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities::default()
     }
 
     fn data_storage(&self) -> &Storage {

@@ -94,7 +94,7 @@ async fn look(path: &Path, range: GuestRange, layer: usize) -> Result<Vec<Todo>>
             Mapping::Data(_) | Mapping::Compressed | Mapping::Damaged(_) => {
                 found.push(known(StatusKind::Data));
             }
-            Mapping::Zero => found.push(known(StatusKind::Zero)),
+            Mapping::Zero | Mapping::ZeroAllocated(_) => found.push(known(StatusKind::Zero)),
             Mapping::Absent => found.push(Todo::Look { range: here, layer: layer + 1 }),
         }
         rest = GuestRange { start: here.end(), len: rest.len - here.len };

@@ -90,7 +90,7 @@ async fn read_part(
                 let io = format.data_storage().read(host.bytes(), target(rest.at, len));
                 started.push(io);
             }
-            Mapping::Zero => target(rest.at, len).fill(0),
+            Mapping::Zero | Mapping::ZeroAllocated(_) => target(rest.at, len).fill(0),
             Mapping::Absent => todo.push(Todo {
                 range: GuestRange { len, ..rest.range },
                 at: rest.at,

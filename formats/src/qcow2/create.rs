@@ -84,8 +84,12 @@ pub async fn create(core: &Core, storage: &Storage, options: CreateOptions) -> R
     if !options.size.is_multiple_of(512) {
         return refuse(Reason::SizeAlignment);
     }
-    let geometry =
-        Geometry { version: options.version, cluster_bits, refcount_order: options.refcount_order };
+    let geometry = Geometry {
+        version: options.version,
+        cluster_bits,
+        refcount_order: options.refcount_order,
+        extended: false,
+    };
     let l1_bytes = geometry.l1_entries(options.size) * ENTRY_BYTES;
     if l1_bytes > L1_BYTES_MAX {
         return refuse(Reason::SizeTooBig);

@@ -78,8 +78,10 @@ impl Entry {
 mod tests {
     use super::*;
 
-    const V3: Geometry = Geometry { version: 3, cluster_bits: 16, refcount_order: 4 };
-    const V2: Geometry = Geometry { version: 2, cluster_bits: 16, refcount_order: 4 };
+    const V3: Geometry =
+        Geometry { version: 3, cluster_bits: 16, refcount_order: 4, extended: false };
+    const V2: Geometry =
+        Geometry { version: 2, cluster_bits: 16, refcount_order: 4, extended: false };
 
     #[test]
     fn entries_decode_by_version_and_bounds() {

@@ -89,7 +89,12 @@ impl Header {
             return Err(Reason::RefcountOrder);
         }
         let header = Self {
-            geometry: Geometry { version, cluster_bits, refcount_order },
+            geometry: Geometry {
+                version,
+                cluster_bits,
+                refcount_order,
+                extended: incompatible & INCOMPATIBLE_EXTENDED_L2 != 0,
+            },
             size: raw.size.get(),
             backing: backing_name(bytes, backing_offset, raw.backing_file_size.get(), cluster)?,
             backing_offset,

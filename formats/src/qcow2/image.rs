@@ -12,8 +12,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::sync::{Mutex, Notify};
 use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::format::{
-    BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId, WriteStep, ZeroMode,
-    ZeroStep,
+    Abilities, BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId, WriteStep,
+    ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::{Epochs, Lease};
 use liveblk_engine::storage::Storage;
@@ -154,6 +154,14 @@ impl Format for Qcow2 {
 
     fn cluster_size(&self) -> u64 {
         self.0.geometry.cluster()
+    }
+
+    fn subcluster_size(&self) -> u64 {
+        self.0.geometry.subcluster()
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities::default()
     }
 
     fn data_storage(&self) -> &Storage {

@@ -104,6 +104,9 @@ pub(super) const REFTABLE_MASK: u64 = !0x1ff;
 /// Bytes of an L1 entry and of a refcount table entry.
 pub(super) const ENTRY_BYTES: u64 = 8;
 
+/// Subclusters of a cluster with an extended L2 entry.
+pub(super) const SUBCLUSTERS: u32 = 32;
+
 /// The unit that is written whole or not at all.
 pub(super) const SECTOR: usize = 512;
 
@@ -149,6 +152,8 @@ pub(super) struct Geometry {
     pub(super) version: u32,
     pub(super) cluster_bits: u32,
     pub(super) refcount_order: u32,
+    /// Extended L2 entries: 16 bytes, 32 subclusters per cluster.
+    pub(super) extended: bool,
 }
 
 impl Geometry {
@@ -157,9 +162,19 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
+    /// Bytes of the smallest part of a cluster that is mapped by itself.
+    pub(super) const fn subcluster(self) -> u64 {
+        if self.extended { self.cluster() / SUBCLUSTERS as u64 } else { self.cluster() }
+    }
+
+    /// Bytes of an L2 entry.
+    pub(super) const fn l2_entry_bytes(self) -> u64 {
+        if self.extended { 2 * ENTRY_BYTES } else { ENTRY_BYTES }
+    }
+
     /// Entries of an L2 table, as a power of two.
     pub(super) const fn l2_bits(self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - if self.extended { 4 } else { 3 }
     }
 
     /// Entries of an L2 table.
@@ -184,7 +199,7 @@ impl Geometry {
 
     /// L2 entries of a slice.
     pub(super) const fn slice_entries(self) -> u64 {
-        self.slice_bytes() / ENTRY_BYTES
+        self.slice_bytes() / self.l2_entry_bytes()
     }
 
     /// Slices of an L2 table.

@@ -71,7 +71,10 @@ impl Walk<'_> {
             let guest = at - within;
             match Entry::decode(raw, geometry, limit) {
                 Entry::Absent => self.push(len, Mapping::Absent),
-                Entry::ZeroPlain | Entry::ZeroAllocated { .. } => self.push(len, Mapping::Zero),
+                Entry::ZeroPlain => self.push(len, Mapping::Zero),
+                Entry::ZeroAllocated { host, .. } => {
+                    self.push(len, Mapping::ZeroAllocated(HostOffset::new(host + within)));
+                }
                 Entry::Data { host, .. } if self.state.is_metadata(host) => {
                     self.push_damage(len, Reason::Overlap(host));
                 }
@@ -104,7 +107,10 @@ impl Walk<'_> {
     fn push(&mut self, len: u64, mapping: Mapping) {
         if let Some(last) = self.extents.last_mut() {
             let continues = match (&last.mapping, &mapping) {
-                (Mapping::Data(before), Mapping::Data(next)) => before.plus(last.len) == *next,
+                (Mapping::Data(before), Mapping::Data(next))
+                | (Mapping::ZeroAllocated(before), Mapping::ZeroAllocated(next)) => {
+                    before.plus(last.len) == *next
+                }
                 (Mapping::Zero, Mapping::Zero) | (Mapping::Absent, Mapping::Absent) => true,
                 _ => false,
             };

@@ -9,7 +9,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::driver::sim::{Sim, SimConfig};
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
-    Driver, Extents, Fill, Format, Mapping, OpenImage, WriteStep, ZeroMode, ZeroStep,
+    DataSource, Driver, Extents, Fill, Format, FormatOptions, Mapping, OpenImage, WriteStep,
+    ZeroMode, ZeroStep,
 };
 use liveblk_engine::storage::{File, FileOptions, Storage};
 
@@ -50,6 +51,8 @@ pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Resul
         storage,
         filename,
         writable,
+        data: DataSource::None,
+        options: FormatOptions::new(),
         raw_offset: 0,
         raw_size: None,
     };
@@ -153,7 +156,9 @@ impl Disk {
                         storage.read(host.bytes(), buf.clone()).await?;
                         out.extend(buf.to_vec());
                     }
-                    Mapping::Zero => out.resize(out.len() + extent.len as usize, 0),
+                    Mapping::Zero | Mapping::ZeroAllocated(_) => {
+                        out.resize(out.len() + extent.len as usize, 0)
+                    }
                     Mapping::Absent => {
                         out.extend((position..position + extent.len).map(self.below));
                     }
