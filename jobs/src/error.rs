@@ -56,6 +56,8 @@ pub enum JobError {
     NegativeSpeed,
     /// This kind of job has nothing to change.
     ChangeUnsupported,
+    /// An amend of the encryption of an image that has none.
+    NotEncrypted,
     /// A copy mode that a running mirror cannot be changed to.
     ChangeNotImplemented {
         /// The mode asked for, as in QMP.
@@ -207,6 +209,7 @@ impl fmt::Display for JobError {
                 write!(f, "The active block job '{id}' cannot be completed")
             }
             Self::NegativeSpeed => f.write_str("Parameter 'speed' expects a non-negative value"),
+            Self::NotEncrypted => f.write_str("image is not encrypted, can't amend"),
             Self::ChangeUnsupported => f.write_str("Job type does not support change"),
             Self::ChangeNotImplemented { mode } => {
                 write!(f, "Change to copy mode '{mode}' is not implemented")

@@ -11,6 +11,8 @@ pub enum Kind {
     Mirror,
     /// Copies the source as it was at the start.
     Backup,
+    /// Changes options of an image.
+    Amend,
 }
 
 impl Kind {
@@ -19,6 +21,15 @@ impl Kind {
         match self {
             Self::Mirror => "mirror",
             Self::Backup => "backup",
+            Self::Amend => "amend",
+        }
+    }
+
+    /// Whether it is a block job: one of `query-block-jobs` and the `block-job-*` commands.
+    pub const fn is_block_job(self) -> bool {
+        match self {
+            Self::Mirror | Self::Backup => true,
+            Self::Amend => false,
         }
     }
 }

@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod amend;
 pub mod backup;
 mod copy;
 pub mod error;
@@ -30,6 +31,7 @@ mod start;
 pub mod transaction;
 mod txn;
 
+pub use amend::{Amendment, start_amend};
 pub use backup::start_backup;
 pub use error::{JobError, SnapshotError};
 pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};

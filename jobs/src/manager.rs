@@ -171,7 +171,7 @@ impl JobManager {
         match (job.kind(), copy_mode) {
             (Kind::Mirror, CopyMode::Background) => Ok(()),
             (Kind::Mirror, mode) => Err(JobError::ChangeNotImplemented { mode: mode.name() }),
-            (Kind::Backup, _) => Err(JobError::ChangeUnsupported),
+            (Kind::Backup | Kind::Amend, _) => Err(JobError::ChangeUnsupported),
         }
     }
 
@@ -182,7 +182,9 @@ impl JobManager {
 
     /// The rows of `query-block-jobs`, newest first.
     pub fn query_block(&self) -> Vec<BlockJobInfo> {
-        self.jobs.borrow().iter().rev().map(|job| job.block_info()).collect()
+        let jobs = self.jobs.borrow();
+        let block_jobs = jobs.iter().rev().filter(|job| job.kind().is_block_job());
+        block_jobs.map(|job| job.block_info()).collect()
     }
 
     /// Forces all jobs to end and waits until they are gone.
@@ -214,7 +216,8 @@ impl JobManager {
     }
 
     fn block_job(&self, id: &str) -> Result<Rc<Job>> {
-        self.find(id).ok_or_else(|| JobError::BlockJobNotFound { id: id.into() })
+        let found = self.find(id).filter(|job| job.kind().is_block_job());
+        found.ok_or_else(|| JobError::BlockJobNotFound { id: id.into() })
     }
 
     fn apply(&self, job: &Rc<Job>, verb: Verb, force: bool) -> Result<()> {
@@ -257,7 +260,7 @@ impl JobManager {
     fn all_waiting(&self, txn: &Rc<JobTxn>) {
         for job in txn.members() {
             job.enter(Status::Pending);
-            if !job.options().auto_finalize {
+            if !job.options().auto_finalize && job.kind().is_block_job() {
                 job.emit(Event::Pending { kind: job.kind(), id: Rc::clone(job.id()) });
             }
         }
@@ -290,7 +293,9 @@ impl JobManager {
     fn end_well(&self, txn: &Rc<JobTxn>) {
         for job in txn.members() {
             job.release();
-            job.emit(Event::Completed { facts: job.facts(), error: None });
+            if job.kind().is_block_job() {
+                job.emit(Event::Completed { facts: job.facts(), error: None });
+            }
             self.conclude(&job);
         }
     }
@@ -325,7 +330,9 @@ impl JobManager {
                 continue;
             }
             job.release();
-            if job.life().borrow().ending() == Ending::Force {
+            if !job.kind().is_block_job() {
+                // Only its changes of status tell.
+            } else if job.life().borrow().ending() == Ending::Force {
                 job.emit(Event::Cancelled(job.facts()));
             } else {
                 let error = job.error_text();

@@ -199,7 +199,7 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
     // What a backup has written so far may be looked at; a mirror's target is nothing until READY.
     let shared = match job.kind() {
         Kind::Mirror => Permissions::WRITE_UNCHANGED,
-        Kind::Backup => Permissions::ALL & !Permissions::RESIZE,
+        Kind::Backup | Kind::Amend => Permissions::ALL & !Permissions::RESIZE,
     };
     let write = Permissions { perm: Permissions::WRITE, shared };
     let source = graph.use_node(source, user(Role::Source), read)?;

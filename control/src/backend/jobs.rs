@@ -5,15 +5,16 @@
 
 use liveblk_engine::executor::CoreId;
 use liveblk_jobs::{
-    Action, BackupAction, BackupSpec, CompletionMode, CopyMode, JobError, JobOptions, MirrorSpec,
-    NewImageMode, OnError, SnapshotFile, SyncMode, start_backup, start_mirror,
+    Action, Amendment, BackupAction, BackupSpec, CompletionMode, CopyMode, JobError, JobOptions,
+    MirrorSpec, NewImageMode, OnError, SnapshotFile, SyncMode, start_amend, start_backup,
+    start_mirror,
 };
 
 use super::control::{Control, Result};
 use super::errors::Failure;
 use crate::schema::{
-    self, BackupPerf, BlockdevBackup, BlockdevMirror, BlockdevSnapshot, BlockdevSnapshotSync,
-    MirrorCopyMode, Transaction, TransactionAction,
+    self, BackupPerf, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevSnapshot,
+    BlockdevSnapshotSync, MirrorCopyMode, Transaction, TransactionAction,
 };
 
 impl Control {
@@ -87,6 +88,25 @@ impl Control {
         self.graph
             .check_name(name)
             .map_err(|error| Failure::generic(format!("Could not create node: {error}")))
+    }
+
+    /// `x-blockdev-amend`.
+    pub(super) fn amend(&self, amend: &BlockdevAmend) -> Result<()> {
+        let node = self.graph.find(&amend.node_name);
+        let node = node.map_err(|_| Failure::no_node("", &amend.node_name))?;
+        if node.driver() != amend.options.driver {
+            let desc = "x-blockdev-amend doesn't support changing the block driver";
+            return Err(Failure::generic(desc));
+        }
+        if node.driver() != "qcow2" {
+            return Err(Failure::generic("Driver does not support x-blockdev-amend"));
+        }
+        let amendment = match amend.options.encrypt {
+            None => Amendment::Nothing,
+            Some(_) => Amendment::Encryption,
+        };
+        start_amend(&self.core, &amend.job_id, amendment)?;
+        Ok(())
     }
 
     /// `blockdev-snapshot`.

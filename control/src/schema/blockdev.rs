@@ -13,7 +13,7 @@ use super::types::{
     words,
 };
 
-static DRIVER: EnumType = words("BlockdevDriver", &["file", "qcow2", "raw"]);
+pub(super) static DRIVER: EnumType = words("BlockdevDriver", &["file", "qcow2", "raw"]);
 static DISCARD: EnumType = words("BlockdevDiscardOptions", &["ignore", "unmap"]);
 pub(super) static DETECT_ZEROES: EnumType =
     words("BlockdevDetectZeroesOptions", &["off", "on", "unmap"]);

@@ -4,7 +4,7 @@
 //! the argument check. Does not: hold commands that the front-end answers itself.
 
 use super::{
-    BlockExportAdd, BlockExportDel, BlockJobChange, BlockdevBackup, BlockdevMirror,
+    BlockExportAdd, BlockExportDel, BlockJobChange, BlockdevAmend, BlockdevBackup, BlockdevMirror,
     BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync, NbdServerOptions, ObjectAdd,
     Transaction,
 };
@@ -91,6 +91,8 @@ pub enum Command {
     BlockdevMirror(Box<BlockdevMirror>),
     /// `blockdev-backup`.
     BlockdevBackup(Box<BlockdevBackup>),
+    /// `x-blockdev-amend`.
+    BlockdevAmend(BlockdevAmend),
     /// `blockdev-snapshot`.
     BlockdevSnapshot(BlockdevSnapshot),
     /// `blockdev-snapshot-sync`.

@@ -5,6 +5,7 @@
 //! `query-qmp-schema`. Promises: what is listed is what is accepted; arguments are checked
 //! completely before anything happens; the texts of refusals are the peer's. Does not: execute.
 
+mod amend;
 mod answers;
 mod arguments;
 mod blockdev;
@@ -17,6 +18,7 @@ mod transaction;
 pub mod types;
 mod validate;
 
+pub use amend::{AmendOptions, BlockdevAmend};
 pub use blockdev::{
     AioMode, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard, DriverOptions,
     FileOptions, NodeOptions, OnOffAuto, Qcow2Options, RawOptions,

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::command::{Command, JobVerb};
 use super::types::{EMPTY, ObjectType, Type};
-use super::{answers, arguments, blockdev, exports, introspect, jobs, transaction};
+use super::{amend, answers, arguments, blockdev, exports, introspect, jobs, transaction};
 use crate::qmp::version_info;
 
 /// A command.
@@ -188,6 +188,13 @@ pub static COMMANDS: &[CommandEntry] = &[
         NOTHING,
         Run::Execute(|value| Ok(Command::BlockdevBackup(Box::deserialize(value)?))),
     ),
+    CommandEntry {
+        name: "x-blockdev-amend",
+        arguments: &amend::AMEND,
+        answer: NOTHING,
+        features: &["unstable"],
+        run: Run::Execute(|value| Ok(Command::BlockdevAmend(Deserialize::deserialize(value)?))),
+    },
     CommandEntry {
         name: "blockdev-snapshot",
         arguments: &transaction::SNAPSHOT,
