@@ -238,6 +238,10 @@ pub trait Format {
     /// is dropped the load still ends.
     fn load(&self, miss: MissId) -> LocalFuture<'_, Result<()>>;
 
+    /// Whether mapped data may be holes of the data storage (raw; images whose mapping was made
+    /// ahead of the data), so that a block status is to ask the storage as well.
+    fn has_holes(&self) -> LocalFuture<'_, Result<bool>>;
+
     /// Reads the decompressed bytes of the cluster at `at` (its start) into a new buffer of
     /// `cluster_size` bytes.
     fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>>;

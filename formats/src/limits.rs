@@ -54,5 +54,8 @@ pub const CHECK_PROBLEMS_MAX: usize = 100;
 /// The largest refcount array of a check in bytes.
 pub const CHECK_BYTES_MAX: u64 = 1 << 30;
 
+/// Bytes of refcount blocks that are read to see whether the mapping was made ahead of the data.
+pub const MAPPED_AHEAD_SCAN: u64 = 64 << 20;
+
 /// Clusters that one step of a write-zeroes or discard changes at most.
 pub const ZERO_CLUSTERS_MAX: u64 = 65_536;

@@ -96,6 +96,10 @@ impl Format for Raw {
         Box::pin(async { Ok(()) })
     }
 
+    fn has_holes(&self) -> LocalFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(true) })
+    }
+
     fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>> {
         let error = Error::new(ErrorKind::Unsupported, "read a compressed cluster").at(at.bytes());
         Box::pin(async { Err(error) })

@@ -197,7 +197,8 @@ fn facts(
         if spec.direct { direct_alignment(file.as_raw_fd()) } else { (1, 1) };
     let identity =
         if block_device { (u64::MAX, metadata.rdev()) } else { (metadata.dev(), metadata.ino()) };
-    Ok(FileFacts { size, align, memory_align, identity, block_device })
+    let allocated = metadata.blocks().saturating_mul(512);
+    Ok(FileFacts { size, align, memory_align, identity, block_device, allocated })
 }
 
 /// Alignment of offsets and of memory for O_DIRECT on this file (statx DIOALIGN).
@@ -230,6 +231,7 @@ fn stat(path: &Path) -> Answer {
         memory_align: 1,
         identity: (metadata.dev(), metadata.ino()),
         block_device: kind.is_block_device(),
+        allocated: metadata.blocks().saturating_mul(512),
     };
     Ok((0, FsOutcome::Facts(facts)))
 }

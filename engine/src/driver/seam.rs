@@ -54,6 +54,8 @@ pub(crate) struct FileFacts {
     pub(crate) identity: (u64, u64),
     /// Whether it is a block device.
     pub(crate) block_device: bool,
+    /// Bytes that the file takes on its device.
+    pub(crate) allocated: u64,
 }
 
 /// How a file is opened.

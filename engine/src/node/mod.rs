@@ -16,6 +16,7 @@
 mod attachment;
 mod gate;
 mod hooks;
+mod map;
 mod object;
 mod path;
 mod plain;
@@ -26,6 +27,7 @@ mod users;
 
 pub use attachment::Disk;
 pub use hooks::{HookId, WriteHook};
+pub use map::MapExtent;
 pub use object::{Node, NodeId, NodeOptions};
 pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
 pub use status::{StatusExtent, StatusKind};

@@ -12,6 +12,7 @@ use crate::buf::Buf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{Core, JoinHandle};
 use crate::format::{Format, ImageInfo};
+use crate::node::map::MapExtent;
 use crate::node::request::{self, Origin, Receipt, WriteFlags, ZeroFlags};
 use crate::node::status::StatusExtent;
 use crate::ranges::RangeLocks;
@@ -317,6 +318,11 @@ impl Node {
         len: u64,
     ) -> JoinHandle<Result<Vec<StatusExtent>>> {
         request::block_status(Rc::clone(self), offset, len)
+    }
+
+    /// Where the range lies on the host; runs cover it in order.
+    pub fn map(self: &Rc<Self>, offset: u64, len: u64) -> JoinHandle<Result<Vec<MapExtent>>> {
+        request::map(Rc::clone(self), offset, len)
     }
 }
 

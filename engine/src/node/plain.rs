@@ -64,6 +64,10 @@ impl Format for Plain {
         Box::pin(async { Ok(()) })
     }
 
+    fn has_holes(&self) -> LocalFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(true) })
+    }
+
     fn read_compressed(&self, _: GuestOffset) -> LocalFuture<'_, Result<Buf>> {
         Box::pin(async { Err(Error::new(ErrorKind::Unsupported, "read compressed")) })
     }

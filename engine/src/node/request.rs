@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use super::attachment::Attachment;
 use super::gate::Pass;
+use super::map::{self, MapExtent};
 use super::object::Node;
 use super::status::{self, StatusExtent};
 use super::transfer;
@@ -271,4 +272,14 @@ pub(super) fn block_status(
 ) -> JoinHandle<Result<Vec<StatusExtent>>> {
     let core = node.core().clone();
     start_status(Target::Node(node, Origin::External), &core, offset, len)
+}
+
+pub(super) fn map(node: Rc<Node>, offset: u64, len: u64) -> JoinHandle<Result<Vec<MapExtent>>> {
+    let core = node.core().clone();
+    core.spawn(Class::Guest, async move {
+        let admitted = Target::Node(node, Origin::External).admit().await;
+        let node = &admitted.node;
+        let range = checked(node, offset, len, "map")?;
+        map::map(&node.path(), range).await.map_err(|error| error.on(&node.name()))
+    })
 }

@@ -71,6 +71,7 @@ pub(crate) async fn status(path: &Path, range: GuestRange) -> Result<Vec<StatusE
 async fn look(path: &Path, range: GuestRange, layer: usize) -> Result<Vec<Todo>> {
     let format = &path.layers()[layer].format;
     let inside = range.intersect(GuestRange::new(0, format.size()));
+    let asks = format.has_holes().await?;
     let mut found = Vec::new();
     let mut extents = Extents::new();
     let lease = if inside.is_empty() { None } else { format.resolve(inside, &mut extents) };
@@ -85,9 +86,11 @@ async fn look(path: &Path, range: GuestRange, layer: usize) -> Result<Vec<Todo>>
                 rest = GuestRange { start: rest.end(), len: 0 };
                 break;
             }
-            Mapping::Data(host) if format.cluster_size() == 1 => {
+            Mapping::Data(host) if asks => {
+                let hole =
+                    if format.cluster_size() == 1 { StatusKind::Hole } else { StatusKind::Zero };
                 for run in format.data_storage().extents(host.bytes(), here.len).await? {
-                    let kind = if run.data { StatusKind::Data } else { StatusKind::Hole };
+                    let kind = if run.data { StatusKind::Data } else { hole };
                     found.push(Todo::Known { len: run.len, kind, layer });
                 }
             }

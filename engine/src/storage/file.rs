@@ -150,6 +150,11 @@ impl File {
         self.facts.identity
     }
 
+    /// Bytes that the file took on its device when it was opened.
+    pub fn allocated_at_open(&self) -> u64 {
+        self.facts.allocated
+    }
+
     /// Whether reads and writes are served inline (the file lives in memory).
     pub fn is_memory_backed(&self) -> bool {
         self.handle.class == crate::driver::IoClass::Inline

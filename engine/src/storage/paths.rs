@@ -17,6 +17,8 @@ pub struct PathFacts {
     pub identity: (u64, u64),
     /// Whether it is a block device (else a regular file).
     pub block_device: bool,
+    /// Bytes that it takes on its device.
+    pub allocated: u64,
 }
 
 async fn run(core: &Core, op: FsOp, verb: &'static str, path: &Path) -> Result<FsOutcome> {
@@ -37,6 +39,7 @@ pub async fn stat(core: &Core, path: &Path) -> Result<PathFacts> {
             size: facts.size,
             identity: facts.identity,
             block_device: facts.block_device,
+            allocated: facts.allocated,
         }),
         _ => Err(Error::os(libc::EINVAL, "stat").on(&path.display().to_string())),
     }

@@ -3,7 +3,7 @@
 //! Everything that needs I/O runs as a task of the image, so a caller that goes away stops nothing
 //! half-way.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 
@@ -50,6 +50,8 @@ pub(super) struct Image {
     pub(super) pending_ended: Notify,
     pub(super) loaded: Notify,
     pub(super) flushed: Notify,
+    /// Whether the mapping was made ahead of the data, once it is known.
+    pub(super) mapped_ahead: Cell<Option<bool>>,
 }
 
 /// The handle that the engine holds.
@@ -179,6 +181,11 @@ impl Format for Qcow2 {
             Some(miss) => self.0.run(image.load(miss)),
             None => Box::pin(async { Ok(()) }),
         }
+    }
+
+    fn has_holes(&self) -> LocalFuture<'_, Result<bool>> {
+        let image = Rc::clone(&self.0);
+        Box::pin(async move { image.is_mapped_ahead().await })
     }
 
     fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>> {

@@ -12,6 +12,7 @@
 //!
 //! What this version does not do is refused by name: see `header`.
 
+mod ahead;
 mod alloc;
 mod cache;
 mod check;

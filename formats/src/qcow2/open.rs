@@ -3,7 +3,7 @@
 //! Nothing is allocated before the header's bounds are checked; damaged entries of the tables do
 //! not stop an open, they give errors where they are used.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
@@ -131,6 +131,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         pending_ended: Notify::new(&core),
         loaded: Notify::new(&core),
         flushed: Notify::new(&core),
+        mapped_ahead: Cell::new(None),
         core,
         storage,
         filename,

@@ -87,8 +87,10 @@ impl Kernel {
     fn facts(&self, inode: u64, direct: bool) -> FileFacts {
         let state = self.fs.state();
         let align = if direct { state.config.direct_align.max(1) } else { 1 };
+        let size = state.files.get(&inode).map_or(0, |file| file.live.size);
         FileFacts {
-            size: state.files.get(&inode).map_or(0, |file| file.live.size),
+            size,
+            allocated: size,
             align,
             memory_align: usize::try_from(align).unwrap_or(1),
             identity: (DEVICE, inode),
