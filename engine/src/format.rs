@@ -88,6 +88,9 @@ pub enum Fill {
     Zero,
     /// From this offset (the start of the old cluster) of the same layer's storage.
     Old(HostOffset),
+    /// What those bytes read as now, through this layer and those below: some are of this layer,
+    /// some are not.
+    Current,
     /// The old bytes of this (compressed) cluster, by `Format::read_compressed`.
     OldCompressed,
 }

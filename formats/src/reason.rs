@@ -50,8 +50,12 @@ pub enum Reason {
     CompressionType(u8),
     /// A known compression type that cannot be decompressed here.
     CompressionUnsupported,
-    /// Extended L2 entries.
-    ExtendedL2,
+    /// Extended L2 entries with subclusters of this many bytes.
+    SubclusterSize(u64),
+    /// Extended L2 entries with clusters that are too small.
+    CreateExtendedClusterSize,
+    /// Extended L2 entries in version 2.
+    CreateExtendedVersion,
     /// `refcount_order` above 6.
     RefcountOrder,
     /// A known encryption method.
@@ -128,9 +132,9 @@ impl Reason {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Features(_)
+            | Self::SubclusterSize(_)
             | Self::Version(_)
             | Self::DataFile
-            | Self::ExtendedL2
             | Self::CompressionUnsupported
             | Self::Encrypted(_)
             | Self::Encryption(_)
@@ -142,6 +146,8 @@ impl Reason {
             Self::CompressedCluster(_) | Self::DataBeyondEnd(..) => ErrorKind::Io(5),
             Self::SizeAlignment
             | Self::CreateClusterSize
+            | Self::CreateExtendedClusterSize
+            | Self::CreateExtendedVersion
             | Self::HeaderFull
             | Self::RawRange { .. }
             | Self::NotQcow2 => ErrorKind::InvalidArgument,
@@ -191,7 +197,13 @@ impl Reason {
                 "qcow2: Compression type incompatible feature bit must be set"
             }
             Self::CompressionUnsupported => "Unsupported qcow2 feature(s): zstd compression",
-            Self::ExtendedL2 => "Unsupported qcow2 feature(s): extended L2 entries",
+            Self::CreateExtendedClusterSize => {
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
+            }
+            Self::CreateExtendedVersion => {
+                "Extended L2 entries are only supported with compatibility level 1.1 and above \
+                 (use version=v3 or greater)"
+            }
             Self::RefcountOrder => "Reference count entry width too large; may not exceed 64 bits",
             Self::NoRefcountTable => "Image does not contain a reference count table",
             Self::SizeTooBig => "Image is too big",
@@ -210,6 +222,7 @@ impl Reason {
         match self {
             Self::Version(version) => write!(f, "Unsupported qcow2 version {version}"),
             Self::ClusterBits(bits) => write!(f, "Unsupported cluster size: 2^{bits}"),
+            Self::SubclusterSize(bytes) => write!(f, "Unsupported subcluster size: {bytes}"),
             Self::HeaderLength(len) => {
                 write!(f, "qcow2 header length {len} is not a multiple of 8")
             }

@@ -225,8 +225,12 @@ async fn with_fill(
             tail.fill(0);
         }
         Fill::Below => {
-            read_below(path, before, &head).await?;
-            read_below(path, after, &tail).await?;
+            read_from(path, 1, before, &head).await?;
+            read_from(path, 1, after, &tail).await?;
+        }
+        Fill::Current => {
+            read_from(path, 0, before, &head).await?;
+            read_from(path, 0, after, &tail).await?;
         }
         Fill::Old(host) => {
             let storage = path.top().format.data_storage();
@@ -249,11 +253,11 @@ async fn with_fill(
     Ok((piece.host.bytes() - piece.head, whole))
 }
 
-async fn read_below(path: &Path, range: GuestRange, buf: &Buf) -> Result<()> {
+async fn read_from(path: &Path, layer: usize, range: GuestRange, buf: &Buf) -> Result<()> {
     if range.is_empty() {
         return Ok(());
     }
-    read(path, 1, range, buf).await
+    read(path, layer, range, buf).await
 }
 
 /// Zeroes or discards `range` of the path's top layer. The caller holds the node claim.

@@ -5,6 +5,7 @@ use liveblk_engine::executor::Core;
 use liveblk_engine::storage::Storage;
 
 use super::check::CheckReport;
+use super::entry::{Entry, RawEntry};
 use super::extensions::BITMAPS;
 use super::header::Header;
 use super::layout::{COMPRESSED, COPIED, ENTRY_BYTES, OFFSET_MASK, REFTABLE_MASK, ZERO};
@@ -105,17 +106,24 @@ impl<'a> Walk<'a> {
             if active {
                 self.check_copied("L1", raw, host);
             }
-            let entries = geometry.l2_entries();
-            let table = read_words(self.core, self.storage, host, entries).await?;
-            for raw in table.into_iter().filter(|raw| *raw != 0) {
-                self.level2(raw, active);
+            let words = geometry.cluster() / ENTRY_BYTES;
+            let table = read_words(self.core, self.storage, host, words).await?;
+            let entry_words = if geometry.extended { 2 } else { 1 };
+            for words in table.chunks(entry_words).filter(|words| words.iter().any(|w| *w != 0)) {
+                let bitmap = words.get(1).copied().unwrap_or(0);
+                self.level2(words.first().copied().unwrap_or(0), bitmap, active);
             }
         }
         Ok(())
     }
 
-    fn level2(&mut self, raw: u64, active: bool) {
+    fn level2(&mut self, raw: u64, bitmap: u64, active: bool) {
         let geometry = self.header.geometry;
+        if geometry.extended
+            && Entry::decode(RawEntry { word: raw, bitmap }, geometry, u64::MAX) == Entry::Damaged
+        {
+            return self.report.corruption(format!("L2 entry {raw:#x} {bitmap:#x}"));
+        }
         if raw & COMPRESSED != 0 {
             self.report.allocated_clusters += u64::from(active);
             if raw & COPIED != 0 {
@@ -130,7 +138,7 @@ impl<'a> Walk<'a> {
         let host = raw & OFFSET_MASK;
         let reserved = raw & !(OFFSET_MASK | COPIED | ZERO) != 0;
         let zero = raw & ZERO != 0;
-        let plain = host == 0 && raw & COPIED == 0 && zero;
+        let plain = host == 0 && raw & COPIED == 0 && (zero || geometry.extended);
         if reserved || (zero && geometry.version < 3) || !geometry.aligned(host) {
             self.report.corruption(format!("L2 entry {raw:#x}"));
         } else if !plain {

@@ -11,13 +11,18 @@ use liveblk_engine::storage::Storage;
 use super::counts;
 use super::extensions::{Extensions, feature_name_table};
 use super::header::Header;
-use super::layout::{CLUSTER_BITS, ENTRY_BYTES, Geometry, HEADER_V2, HEADER_V3_FULL};
+use super::layout::{
+    CLUSTER_BITS, ENTRY_BYTES, Geometry, HEADER_V2, HEADER_V3_FULL, INCOMPATIBLE_EXTENDED_L2,
+};
 use super::state::set_word;
 use crate::limits::{BACKING_NAME_MAX, L1_BYTES_MAX, TABLE_PIECE};
 use crate::reason::Reason;
 
 /// Images with clusters up to this size get no table of feature names, as the peer's.
 const FEATURE_NAMES_ABOVE: u64 = 4096;
+
+/// Smallest clusters that can have subclusters, in bytes.
+const EXTENDED_CLUSTER_MIN: u64 = 16 << 10;
 
 /// What a new image is like.
 #[derive(Clone, Debug)]
@@ -32,12 +37,21 @@ pub struct CreateOptions {
     pub version: u32,
     /// Width of a refcount as a power of two, 0 to 6; version 2 has 4.
     pub refcount_order: u32,
+    /// Subclusters (version 3, clusters of at least 16 KiB).
+    pub extended_l2: bool,
 }
 
 impl CreateOptions {
     /// The defaults of qemu-img: version 3, 64 KiB clusters, 16-bit refcounts.
     pub fn new(size: u64) -> Self {
-        Self { size, backing: None, cluster_size: 64 << 10, version: 3, refcount_order: 4 }
+        Self {
+            size,
+            backing: None,
+            cluster_size: 64 << 10,
+            version: 3,
+            refcount_order: 4,
+            extended_l2: false,
+        }
     }
 }
 
@@ -81,6 +95,12 @@ pub async fn create(core: &Core, storage: &Storage, options: CreateOptions) -> R
     if options.refcount_order > 6 || (options.version == 2 && options.refcount_order != 4) {
         return refuse(Reason::RefcountOrder);
     }
+    if options.extended_l2 && options.version < 3 {
+        return refuse(Reason::CreateExtendedVersion);
+    }
+    if options.extended_l2 && options.cluster_size < EXTENDED_CLUSTER_MIN {
+        return refuse(Reason::CreateExtendedClusterSize);
+    }
     if !options.size.is_multiple_of(512) {
         return refuse(Reason::SizeAlignment);
     }
@@ -88,7 +108,7 @@ pub async fn create(core: &Core, storage: &Storage, options: CreateOptions) -> R
         version: options.version,
         cluster_bits,
         refcount_order: options.refcount_order,
-        extended: false,
+        extended: options.extended_l2,
     };
     let l1_bytes = geometry.l1_entries(options.size) * ENTRY_BYTES;
     if l1_bytes > L1_BYTES_MAX {
@@ -155,7 +175,7 @@ fn first_cluster(
         reftable_clusters: u32::try_from(plan.reftable).unwrap_or(0),
         nb_snapshots: 0,
         snapshots_offset: 0,
-        incompatible: 0,
+        incompatible: if geometry.extended { INCOMPATIBLE_EXTENDED_L2 } else { 0 },
         compatible: 0,
         autoclear: 0,
         header_length: if v3 { HEADER_V3_FULL } else { HEADER_V2 },

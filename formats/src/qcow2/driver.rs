@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use liveblk_engine::Result;
 use liveblk_engine::executor::Core;
-use liveblk_engine::format::{CreateImage, Driver, Format, LocalFuture, OpenImage};
+use liveblk_engine::format::{CreateImage, Driver, Format, InfoValue, LocalFuture, OpenImage};
 use liveblk_engine::storage::Storage;
 
 use super::create::{CreateOptions, create};
@@ -58,6 +58,9 @@ impl Driver for Qcow2Driver {
             options.backing = image.backing;
             if let Some(bytes) = image.cluster_size {
                 options.cluster_size = bytes;
+            }
+            if let Some(InfoValue::Flag(extended)) = image.options.get("extended-l2") {
+                options.extended_l2 = *extended;
             }
             create(&core, &storage, options).await
         })

@@ -1,9 +1,40 @@
-//! One cluster's entry of an L2 table, decoded.
+//! One cluster's entry of an L2 table, decoded and encoded.
 //!
-//! The only place that knows the bits of an entry; everything else works with [`Entry`]. Extended
-//! entries (subclusters) will decode into a sequence of these.
+//! The only place that knows the bits of an entry (of 8 bytes, or of 16 with subclusters);
+//! everything else works with [`Entry`].
 
 use super::layout::{COMPRESSED, COPIED, Geometry, OFFSET_MASK, ZERO};
+use super::subcluster::{ALL, Subclusters};
+
+/// The words of an entry as they are stored; `bitmap` is 0 where entries have 8 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct RawEntry {
+    pub(super) word: u64,
+    pub(super) bitmap: u64,
+}
+
+impl RawEntry {
+    /// The entry `index` of a table or a slice; zeroes outside.
+    pub(super) fn load(bytes: &[u8], index: usize, geometry: Geometry) -> Self {
+        use super::state::word;
+        if geometry.extended {
+            Self { word: word(bytes, index * 2), bitmap: word(bytes, index * 2 + 1) }
+        } else {
+            Self { word: word(bytes, index), bitmap: 0 }
+        }
+    }
+
+    /// Sets the entry `index` of a table or a slice.
+    pub(super) fn store(self, bytes: &mut [u8], index: usize, geometry: Geometry) {
+        use super::state::set_word;
+        if geometry.extended {
+            set_word(bytes, index * 2, self.word);
+            set_word(bytes, index * 2 + 1, self.bitmap);
+        } else {
+            set_word(bytes, index, self.word);
+        }
+    }
+}
 
 /// What an entry says about its cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +47,9 @@ pub(super) enum Entry {
     ZeroPlain,
     /// Reads as zeroes, but this cluster is reserved for it.
     ZeroAllocated { host: u64, copied: bool },
+    /// Subclusters of several kinds, or a reserved cluster without content; never what one of the
+    /// other kinds says.
+    Sub(Subclusters),
     /// A compressed cluster.
     Compressed,
     /// Bits that cannot be.
@@ -24,54 +58,81 @@ pub(super) enum Entry {
 
 impl Entry {
     /// Decodes `raw`; host offsets must be aligned and below `limit`.
-    pub(super) fn decode(raw: u64, geometry: Geometry, limit: u64) -> Self {
-        if raw == 0 {
-            return Self::Absent;
+    pub(super) fn decode(raw: RawEntry, geometry: Geometry, limit: u64) -> Self {
+        let word = raw.word;
+        if word & COMPRESSED != 0 {
+            return if raw.bitmap == 0 { Self::Compressed } else { Self::Damaged };
         }
-        if raw & COMPRESSED != 0 {
-            return Self::Compressed;
-        }
-        let host = raw & OFFSET_MASK;
-        let copied = raw & COPIED != 0;
-        let zero = raw & ZERO != 0;
-        let reserved = raw & !(OFFSET_MASK | COPIED | ZERO);
-        let impossible = reserved != 0
-            || (zero && geometry.version < 3)
+        let host = word & OFFSET_MASK;
+        let copied = word & COPIED != 0;
+        let flag = if geometry.extended { 0 } else { ZERO };
+        let subclusters = if geometry.extended {
+            Subclusters::from_bitmap(host, copied, raw.bitmap)
+        } else {
+            let zero = if word & ZERO == 0 { 0 } else { ALL };
+            Subclusters { host, copied, allocated: if host == 0 { 0 } else { !zero }, zero }
+        };
+        let impossible = word & !(OFFSET_MASK | COPIED | flag) != 0
+            || (word & flag != 0 && geometry.version < 3)
             || !geometry.aligned(host)
             || host >= limit
-            || (host == 0 && copied);
-        match (impossible, host, zero) {
-            (true, ..) => Self::Damaged,
-            (false, 0, true) => Self::ZeroPlain,
-            (false, 0, false) => Self::Absent,
-            (false, host, true) => Self::ZeroAllocated { host, copied },
-            (false, host, false) => Self::Data { host, copied },
+            || !subclusters.is_possible();
+        if impossible { Self::Damaged } else { Self::of(subclusters) }
+    }
+
+    /// The entry of a cluster with these subclusters.
+    pub(super) fn of(subclusters: Subclusters) -> Self {
+        let Subclusters { host, copied, allocated, zero } = subclusters;
+        match (host, allocated, zero) {
+            (0, 0, 0) => Self::Absent,
+            (0, 0, ALL) => Self::ZeroPlain,
+            (host, ALL, 0) => Self::Data { host, copied },
+            (host, 0, ALL) => Self::ZeroAllocated { host, copied },
+            _ => Self::Sub(subclusters),
         }
+    }
+
+    /// What the subclusters are; without subclusters all bits are equal. `None`: compressed or
+    /// damaged.
+    pub(super) fn subclusters(self) -> Option<Subclusters> {
+        let none = Subclusters::default();
+        Some(match self {
+            Self::Absent => none,
+            Self::ZeroPlain => Subclusters { zero: ALL, ..none },
+            Self::Data { host, copied } => Subclusters { host, copied, allocated: ALL, zero: 0 },
+            Self::ZeroAllocated { host, copied } => {
+                Subclusters { host, copied, allocated: 0, zero: ALL }
+            }
+            Self::Sub(subclusters) => subclusters,
+            Self::Compressed | Self::Damaged => return None,
+        })
+    }
+
+    /// The host cluster that the entry names, unless it is compressed or names none.
+    pub(super) fn host(self) -> Option<u64> {
+        self.subclusters().map(|subclusters| subclusters.host).filter(|host| *host != 0)
     }
 
     /// What the entry of a cluster `bytes` further on is if it continues this one.
     pub(super) fn continued(self, bytes: u64) -> Self {
-        match self {
-            Self::Data { host, copied } => Self::Data { host: host + bytes, copied },
-            Self::ZeroAllocated { host, copied } => {
-                Self::ZeroAllocated { host: host + bytes, copied }
+        match self.subclusters() {
+            Some(subclusters) if subclusters.host != 0 => {
+                Self::of(Subclusters { host: subclusters.host + bytes, ..subclusters })
             }
-            other => other,
+            _ => self,
         }
     }
 
-    /// The entry of a cluster of this image alone at `host`.
-    pub(super) const fn data(host: u64) -> u64 {
-        host | COPIED
+    /// The words of an entry that is neither compressed nor damaged.
+    pub(super) fn encode(self, geometry: Geometry) -> RawEntry {
+        let subclusters = self.subclusters().unwrap_or_default();
+        let copied = if subclusters.copied { COPIED } else { 0 };
+        let word = subclusters.host | copied;
+        if geometry.extended {
+            return RawEntry { word, bitmap: subclusters.bitmap() };
+        }
+        RawEntry { word: word | if subclusters.zero == 0 { 0 } else { ZERO }, bitmap: 0 }
     }
-
-    /// The entry of a cluster that reads as zeroes and keeps `host`.
-    pub(super) const fn zero_allocated(host: u64) -> u64 {
-        host | COPIED | ZERO
-    }
-
-    /// The entry of a cluster that reads as zeroes and has no host cluster.
-    pub(super) const ZERO_PLAIN: u64 = ZERO;
 }
 
 #[cfg(test)]
@@ -82,11 +143,21 @@ mod tests {
         Geometry { version: 3, cluster_bits: 16, refcount_order: 4, extended: false };
     const V2: Geometry =
         Geometry { version: 2, cluster_bits: 16, refcount_order: 4, extended: false };
+    const EXTENDED: Geometry =
+        Geometry { version: 3, cluster_bits: 16, refcount_order: 4, extended: true };
+    const LIMIT: u64 = 1 << 30;
+
+    fn plain(word: u64) -> RawEntry {
+        RawEntry { word, bitmap: 0 }
+    }
+
+    fn extended(word: u64, bitmap: u64) -> Entry {
+        Entry::decode(RawEntry { word, bitmap }, EXTENDED, LIMIT)
+    }
 
     #[test]
     fn entries_decode_by_version_and_bounds() {
-        let limit = 1 << 30;
-        let decode = |raw| Entry::decode(raw, V3, limit);
+        let decode = |word| Entry::decode(plain(word), V3, LIMIT);
         assert_eq!(decode(0), Entry::Absent);
         assert_eq!(decode(1), Entry::ZeroPlain);
         assert_eq!(decode(COPIED | 0x5_0000), Entry::Data { host: 0x5_0000, copied: true });
@@ -95,7 +166,76 @@ mod tests {
         assert_eq!(decode(COPIED | 0x5_0200), Entry::Damaged);
         assert_eq!(decode(COPIED | 0x00ff_ffff_ffff_0000), Entry::Damaged);
         assert_eq!(decode(0x5_0000 | 1 << 57), Entry::Damaged);
-        assert_eq!(decode(COMPRESSED | 1), Entry::Compressed, "bit 0 is an offset bit there");
-        assert_eq!(Entry::decode(0x5_0001, V2, limit), Entry::Damaged);
+        assert_eq!(Entry::decode(plain(0x5_0001), V2, LIMIT), Entry::Damaged);
+    }
+
+    /// Row R8: bit 0 is an offset bit of a compressed cluster, not the zero flag.
+    #[test]
+    fn the_compressed_bit_is_looked_at_before_the_zero_flag() {
+        assert_eq!(Entry::decode(plain(COMPRESSED | 1), V3, LIMIT), Entry::Compressed);
+        assert_eq!(Entry::decode(plain(COMPRESSED | 1), V2, LIMIT), Entry::Compressed);
+        assert_eq!(extended(COMPRESSED | 0x5_0001, 0), Entry::Compressed);
+        assert_eq!(extended(COMPRESSED | 0x5_0000, 1), Entry::Damaged, "it has no subclusters");
+        assert_eq!(extended(COMPRESSED | 0x5_0000, 1 << 32), Entry::Damaged);
+    }
+
+    #[test]
+    fn uniform_bitmaps_decode_into_the_plain_kinds() {
+        let (host, copied) = (0x5_0000, true);
+        assert_eq!(extended(0, 0), Entry::Absent);
+        assert_eq!(extended(0, u64::from(ALL) << 32), Entry::ZeroPlain);
+        assert_eq!(extended(COPIED | host, ALL.into()), Entry::Data { host, copied });
+        let zero = extended(COPIED | host, u64::from(ALL) << 32);
+        assert_eq!(zero, Entry::ZeroAllocated { host, copied });
+        let shared = extended(host, ALL.into());
+        assert_eq!(shared, Entry::Data { host, copied: false });
+    }
+
+    #[test]
+    fn every_single_subcluster_decodes_into_its_own_bit() {
+        for index in 0..32 {
+            let bit = 1 << index;
+            let host = 0x5_0000;
+            let expected = Subclusters { host, copied: true, allocated: bit, zero: !bit };
+            let bitmap = u64::from(!bit) << 32 | u64::from(bit);
+            assert_eq!(extended(COPIED | host, bitmap), Entry::Sub(expected));
+            let expected = Subclusters { host: 0, copied: false, allocated: 0, zero: bit };
+            assert_eq!(extended(0, u64::from(bit) << 32), Entry::Sub(expected));
+            let both = u64::from(bit) << 32 | u64::from(bit);
+            assert_eq!(extended(COPIED | host, both), Entry::Damaged, "both bits of {index}");
+            assert_eq!(extended(0, u64::from(bit)), Entry::Damaged, "data without a cluster");
+        }
+        let reserved = Subclusters { host: 0x5_0000, copied: true, allocated: 0, zero: 0 };
+        assert_eq!(extended(COPIED | 0x5_0000, 0), Entry::Sub(reserved), "reserved, no content");
+    }
+
+    #[test]
+    fn reserved_bits_of_extended_entries_are_damage() {
+        for bit in (0..9).chain(9..16).chain(56..62) {
+            let entry = extended(COPIED | 0x5_0000 | 1 << bit, ALL.into());
+            assert_eq!(entry, Entry::Damaged, "bit {bit}");
+        }
+        assert_eq!(extended(1, 0), Entry::Damaged, "no zero flag in the first word");
+        assert_eq!(extended(COPIED, 0), Entry::Damaged);
+    }
+
+    #[test]
+    fn what_is_encoded_decodes_into_the_same() {
+        let host = 0x7_0000;
+        let mut entries = vec![Entry::Absent, Entry::ZeroPlain];
+        for copied in [true, false] {
+            entries.push(Entry::Data { host, copied });
+            entries.push(Entry::ZeroAllocated { host, copied });
+        }
+        for geometry in [V3, EXTENDED] {
+            for entry in &entries {
+                assert_eq!(Entry::decode(entry.encode(geometry), geometry, LIMIT), *entry);
+            }
+        }
+        for (host, allocated, zero) in [(host, 5, 2), (host, 0, 1), (host, 0, 0), (0, 0, 0xf0)] {
+            let copied = host != 0;
+            let entry = Entry::Sub(Subclusters { host, copied, allocated, zero });
+            assert_eq!(Entry::decode(entry.encode(EXTENDED), EXTENDED, LIMIT), entry);
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::extensions::Extensions;
 use super::layout::{
     AUTOCLEAR_BITMAPS, CLUSTER_BITS, COMPATIBLE_LAZY, ENTRY_BYTES, Geometry, HEADER_V2, HEADER_V3,
     INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_DIRTY,
-    INCOMPATIBLE_EXTENDED_L2, INCOMPATIBLE_KNOWN, MAGIC, RawHeader, RawHeaderV3,
+    INCOMPATIBLE_EXTENDED_L2, INCOMPATIBLE_KNOWN, MAGIC, RawHeader, RawHeaderV3, SECTOR,
 };
 use crate::limits::{
     BACKING_NAME_MAX, BEYOND_END_MAX, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX, SNAPSHOTS_MAX,
@@ -85,16 +85,8 @@ impl Header {
             return Err(Reason::Features(extensions.feature_names(unknown)));
         }
         let refcount_order = v3.map_or(4, |fields| fields.refcount_order.get());
-        if refcount_order > 6 {
-            return Err(Reason::RefcountOrder);
-        }
         let header = Self {
-            geometry: Geometry {
-                version,
-                cluster_bits,
-                refcount_order,
-                extended: incompatible & INCOMPATIBLE_EXTENDED_L2 != 0,
-            },
+            geometry: geometry(version, cluster_bits, refcount_order, incompatible)?,
             size: raw.size.get(),
             backing: backing_name(bytes, backing_offset, raw.backing_file_size.get(), cluster)?,
             backing_offset,
@@ -177,9 +169,6 @@ impl Header {
         if self.incompatible & INCOMPATIBLE_DATA_FILE != 0 {
             return Err(Reason::DataFile);
         }
-        if self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0 {
-            return Err(Reason::ExtendedL2);
-        }
         if self.incompatible & INCOMPATIBLE_COMPRESSION != 0 {
             return Err(Reason::CompressionUnsupported);
         }
@@ -256,6 +245,24 @@ impl Header {
         out.extend_from_slice(&self.extensions.bytes());
         out
     }
+}
+
+/// The geometry of these fields, if the peer takes it.
+fn geometry(
+    version: u32,
+    cluster_bits: u32,
+    refcount_order: u32,
+    incompatible: u64,
+) -> Result<Geometry, Reason> {
+    let extended = incompatible & INCOMPATIBLE_EXTENDED_L2 != 0;
+    let geometry = Geometry { version, cluster_bits, refcount_order, extended };
+    if geometry.subcluster() < SECTOR as u64 {
+        return Err(Reason::SubclusterSize(geometry.subcluster()));
+    }
+    if refcount_order > 6 {
+        return Err(Reason::RefcountOrder);
+    }
+    Ok(geometry)
 }
 
 fn check_length(version: u32, length: u32, cluster: u64) -> Result<(), Reason> {

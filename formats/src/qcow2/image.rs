@@ -249,7 +249,7 @@ impl Format for Qcow2 {
         specific.push(("refcount-bits", InfoValue::Number(geometry.refcount_bits().into())));
         if geometry.version == 3 {
             specific.push(("corrupt", InfoValue::Flag(header.corrupt())));
-            specific.push(("extended-l2", InfoValue::Flag(false)));
+            specific.push(("extended-l2", InfoValue::Flag(geometry.extended)));
         }
         let backing = header.backing.clone();
         ImageInfo {

@@ -5,10 +5,11 @@ use std::rc::Rc;
 use liveblk_engine::address::{GuestRange, HostOffset};
 use liveblk_engine::format::{Extent, Extents, Mapping};
 
-use super::entry::Entry;
+use super::entry::{Entry, RawEntry};
 use super::image::Image;
 use super::layout::GuestCluster;
-use super::state::{Miss, State, Table, word};
+use super::state::{Miss, State, Table};
+use super::subcluster::{Kind, Subclusters};
 use crate::reason::Reason;
 
 impl Image {
@@ -67,7 +68,7 @@ impl Walk<'_> {
             let cluster = GuestCluster(at >> geometry.cluster_bits);
             let within = at & (geometry.cluster() - 1);
             let len = (geometry.cluster() - within).min(end - at);
-            let raw = word(bytes, geometry.slice_index(cluster));
+            let raw = RawEntry::load(bytes, geometry.slice_index(cluster), geometry);
             let guest = at - within;
             match Entry::decode(raw, geometry, limit) {
                 Entry::Absent => self.push(len, Mapping::Absent),
@@ -75,27 +76,54 @@ impl Walk<'_> {
                 Entry::ZeroAllocated { host, .. } => {
                     self.push(len, Mapping::ZeroAllocated(HostOffset::new(host + within)));
                 }
-                Entry::Data { host, .. } if self.state.is_metadata(host) => {
-                    self.push_damage(len, Reason::Overlap(host));
-                }
-                // Data is written before its entry is: this is a file that lost its end, and zeroes
-                // would be wrong data.
-                Entry::Data { host, .. } if host >= file_end => {
-                    let error = self.image.error(Reason::DataBeyondEnd(guest, host), "read");
-                    self.push(len, Mapping::Damaged(error));
-                }
-                Entry::Data { host, .. } => {
-                    self.push(len, Mapping::Data(HostOffset::new(host + within)));
-                }
+                Entry::Data { host, .. } => self.data(guest, host, host + within, len, file_end),
+                Entry::Sub(subclusters) => self.parts(guest, subclusters, within, len, file_end),
                 Entry::Compressed => {
                     let error = self.image.error(Reason::CompressedCluster(guest), "read");
                     self.push(len, Mapping::Damaged(error));
                 }
-                Entry::Damaged => self.push_damage(len, Reason::BadEntry("L2", guest, raw)),
+                Entry::Damaged => self.push_damage(len, Reason::BadEntry("L2", guest, raw.word)),
             }
             at += len;
         }
         end
+    }
+
+    /// Pushes `len` bytes of data at `at` in the host cluster `host`.
+    fn data(&mut self, guest: u64, host: u64, at: u64, len: u64, file_end: u64) {
+        if self.state.is_metadata(host) {
+            return self.push_damage(len, Reason::Overlap(host));
+        }
+        // Data is written before its entry is: this is a file that lost its end, and zeroes would
+        // be wrong data.
+        if host >= file_end {
+            let error = self.image.error(Reason::DataBeyondEnd(guest, host), "read");
+            return self.push(len, Mapping::Damaged(error));
+        }
+        self.push(len, Mapping::Data(HostOffset::new(at)));
+    }
+
+    /// Pushes `len` bytes from byte `within` on of a cluster with subclusters of several kinds.
+    fn parts(&mut self, guest: u64, parts: Subclusters, within: u64, len: u64, file_end: u64) {
+        let (mut at, end) = (within, within + len);
+        while at < end {
+            let (run, kind) = parts.run(at, self.image.geometry);
+            let run = run.min(end - at);
+            let host = parts.host + at;
+            match kind {
+                Kind::Data if host >= file_end => {
+                    let error = self.image.error(Reason::DataBeyondEnd(guest, host), "read");
+                    self.push(run, Mapping::Damaged(error));
+                }
+                Kind::Data => self.data(guest, parts.host, host, run, file_end),
+                Kind::Zero if parts.host != 0 => {
+                    self.push(run, Mapping::ZeroAllocated(HostOffset::new(host)));
+                }
+                Kind::Zero => self.push(run, Mapping::Zero),
+                Kind::Absent => self.push(run, Mapping::Absent),
+            }
+            at += run;
+        }
     }
 
     fn push_damage(&mut self, len: u64, reason: Reason) {

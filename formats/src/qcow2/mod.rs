@@ -34,6 +34,7 @@ mod reftable;
 mod resize;
 mod rewrite;
 mod state;
+mod subcluster;
 mod tables;
 mod write;
 mod zero;

@@ -9,7 +9,6 @@ use std::rc::Rc;
 
 use liveblk_engine::Result;
 
-use super::entry::Entry;
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, GuestCluster, Run};
 use super::state::{Lookup, Meta, Miss, Table};
@@ -63,10 +62,13 @@ impl Image {
         loop {
             let found = self.state.borrow().lookup(at);
             match self.judge(found)? {
-                Lookup::Entry(Entry::Data { host, copied: true }) => {
-                    return self.storage.write_zeroes(host + head, cluster - head, false).await;
+                Lookup::Entry(entry) => {
+                    // Subclusters without data do not care what their place holds.
+                    let old = entry.subclusters().filter(|old| old.copied && old.allocated != 0);
+                    let Some(old) = old else { return Ok(()) };
+                    let host = old.host + head;
+                    return self.storage.write_zeroes(host, cluster - head, false).await;
                 }
-                Lookup::Entry(_) => return Ok(()),
                 Lookup::Miss(miss @ Miss::L2Slice(_)) => Rc::clone(self).load(miss).await?,
                 Lookup::Miss(_) => {
                     self.make_l2_table(self.geometry.l1_of_slice(slice) as u64).await?

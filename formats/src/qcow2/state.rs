@@ -9,7 +9,7 @@ use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::cache::{Cache, IntMap};
 use super::counts;
-use super::entry::Entry;
+use super::entry::{Entry, RawEntry};
 use super::header::Header;
 use super::layout::{
     COPIED, ENTRY_BYTES, Geometry, GuestCluster, HostCluster, OFFSET_MASK, REFTABLE_MASK, Run,
@@ -98,8 +98,10 @@ pub(super) enum Lookup {
 pub(super) struct PendingWrite {
     pub(super) first: GuestCluster,
     pub(super) run: Run,
-    /// Whether the run was allocated for this write (not reused from a zero cluster).
+    /// Whether the run was allocated for this write (not kept from the old entries).
     pub(super) fresh: bool,
+    /// The bytes from the start of the first cluster that hold data when the write completes.
+    pub(super) span: (u64, u64),
     /// The cluster that loses a reference when the write completes.
     pub(super) old: Option<HostCluster>,
 }
@@ -228,7 +230,8 @@ impl State {
 
     /// The decoded entry of a cached slice.
     pub(super) fn decode(&self, bytes: &[u8], index: usize) -> Entry {
-        Entry::decode(word(bytes, index), self.geometry, self.host_limit())
+        let raw = RawEntry::load(bytes, index, self.geometry);
+        Entry::decode(raw, self.geometry, self.host_limit())
     }
 
     /// The entry of `cluster` for somebody who is about to change it.
@@ -244,19 +247,16 @@ impl State {
         let Some(bytes) = self.l2.get(slice) else {
             return Ok(Lookup::Miss(Miss::L2Slice(slice)));
         };
-        let entry = self.decode(bytes, self.geometry.slice_index(cluster));
+        let index = self.geometry.slice_index(cluster);
+        let entry = self.decode(bytes, index);
         let guest = cluster.0 << self.geometry.cluster_bits;
-        match entry {
-            Entry::Damaged => {
-                let raw = word(bytes, self.geometry.slice_index(cluster));
-                Err(Reason::BadEntry("L2", guest, raw))
-            }
-            Entry::Data { host, .. } | Entry::ZeroAllocated { host, .. }
-                if self.is_metadata(host) =>
-            {
-                Err(Reason::Overlap(host))
-            }
-            entry => Ok(Lookup::Entry(entry)),
+        if entry == Entry::Damaged {
+            let raw = RawEntry::load(bytes, index, self.geometry);
+            return Err(Reason::BadEntry("L2", guest, raw.word));
+        }
+        match entry.host() {
+            Some(host) if self.is_metadata(host) => Err(Reason::Overlap(host)),
+            _ => Ok(Lookup::Entry(entry)),
         }
     }
 
@@ -266,10 +266,15 @@ impl State {
     }
 
     /// Changes the entry of `cluster`; false if its slice is not cached.
-    pub(super) fn set_entry(&mut self, cluster: GuestCluster, raw: u64) -> bool {
+    pub(super) fn set_entry(&mut self, cluster: GuestCluster, entry: Entry) -> bool {
+        self.set_raw_entry(cluster, entry.encode(self.geometry))
+    }
+
+    /// Changes the words of the entry of `cluster`; false if its slice is not cached.
+    pub(super) fn set_raw_entry(&mut self, cluster: GuestCluster, raw: RawEntry) -> bool {
         let index = self.geometry.slice_index(cluster);
         let Some(bytes) = self.l2.change(self.geometry.slice_of(cluster)) else { return false };
-        set_word(bytes, index, raw);
+        raw.store(bytes, index, self.geometry);
         true
     }
 

@@ -3,6 +3,8 @@
 //! Order of an allocating write: (1) reserved clusters get refcount 1 in memory; (2) the guest
 //! clusters are entered as pending, others wait; (3) the engine writes the data and the fill; (4)
 //! `complete_write` changes the L2 entries in memory, or `abort_write` gives the clusters back.
+//! With subclusters (3) concerns those that the request touches, and (4) exactly those; the others
+//! stay what they are, in a kept cluster or in none.
 //! The L2 slices concerned stay cached while their clusters are pending.
 
 use std::rc::Rc;
@@ -13,8 +15,9 @@ use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::entry::Entry;
 use super::image::Image;
-use super::layout::{GuestCluster, HostCluster, Run};
+use super::layout::{Geometry, GuestCluster, HostCluster, Run};
 use super::state::{Lookup, Miss, PendingWrite, State};
+use super::subcluster::{Kind, Subclusters, touched};
 use crate::limits::ALLOC_CLUSTERS_MAX;
 use crate::reason::Reason;
 
@@ -25,19 +28,54 @@ enum Plan {
         host: u64,
         clusters: u64,
     },
-    /// Into the clusters that were kept for them.
+    /// Into the host clusters that are kept for them.
     Reuse {
-        host: u64,
+        old: Subclusters,
         clusters: u64,
     },
-    /// Into new clusters.
+    /// Into new clusters; `copy`: where the data of a shared cluster comes from.
     Allocate {
+        old: Subclusters,
         clusters: u64,
-        fill: Fill,
-        old: Option<u64>,
+        copy: Option<Fill>,
     },
     Miss(Miss),
     Wait(GuestCluster),
+}
+
+/// The bytes, from the start of a write's first cluster, that its allocation makes data, and what
+/// those are filled with that the request does not bring.
+struct Shape {
+    from: u64,
+    to: u64,
+    fill: Fill,
+}
+
+impl Shape {
+    /// For a request from byte `from` to byte `to`, over clusters that hold `old` (in other places,
+    /// if `fresh`). Only the first and the last subcluster can be written in part.
+    fn new(geometry: Geometry, old: Subclusters, fresh: bool, from: u64, to: u64) -> Self {
+        let (sub, last) = (geometry.subcluster(), (to - 1) & (geometry.cluster() - 1));
+        let (start, end) = (from / sub * sub, to.next_multiple_of(sub));
+        if fresh && let Some((first, behind)) = old.data_span(geometry) {
+            // A shared cluster is copied alone, with all its data.
+            let (from, to) = (start.min(first), end.max(behind));
+            return Self { from, to, fill: Fill::Current };
+        }
+        let kind = |at, partial: bool| partial.then(|| old.kind(at, geometry));
+        let head = kind(from & (geometry.cluster() - 1), start < from);
+        let tail = kind(last, end > to);
+        let fill = match (head, tail) {
+            (Some(Kind::Absent), Some(Kind::Zero)) | (Some(Kind::Zero), Some(Kind::Absent)) => {
+                Fill::Current
+            }
+            (Some(Kind::Absent), _) | (_, Some(Kind::Absent)) => Fill::Below,
+            _ => Fill::Zero,
+        };
+        // What has data already (in a kept cluster) needs no filling.
+        let from = if head == Some(Kind::Data) { from } else { start };
+        Self { from, to: if tail == Some(Kind::Data) { to } else { end }, fill }
+    }
 }
 
 impl Image {
@@ -56,47 +94,55 @@ impl Image {
     }
 
     fn begin(self: &Rc<Self>, state: &mut State, range: GuestRange, plan: &Plan) -> WriteStep {
-        let cluster = self.geometry.cluster();
-        let head = range.start.within(cluster);
-        let first = GuestCluster(range.start.bytes() >> self.geometry.cluster_bits);
-        let (host, clusters, fill, write) = match *plan {
+        let geometry = self.geometry;
+        let head = range.start.within(geometry.cluster());
+        let (run, old, copy) = match *plan {
             Plan::Miss(miss) => return WriteStep::Miss(miss.id()),
             Plan::Wait(cluster) => return WriteStep::Wait(MissId(cluster.0)),
             Plan::InPlace { host, clusters } => {
-                let len = range.len.min(clusters * cluster - head);
+                let len = range.len.min(clusters * geometry.cluster() - head);
                 let guard = WriteGuard::in_place(Some(self.epochs.lease()));
                 let host = HostOffset::new(host + head);
                 let fill = Fill::Zero;
                 return WriteStep::Ready(WritePiece { len, host, head: 0, tail: 0, fill, guard });
             }
-            Plan::Reuse { host, clusters } => {
-                let run = Run { start: self.geometry.host_cluster(host), count: clusters };
-                let write = PendingWrite { first, run, fresh: false, old: None };
-                (host, clusters, Fill::Zero, write)
+            Plan::Reuse { old, clusters } => {
+                (Run { start: geometry.host_cluster(old.host), count: clusters }, old, None)
             }
-            Plan::Allocate { clusters, fill, old } => {
+            Plan::Allocate { old, clusters, copy } => {
                 let Some(run) = state.take_clusters(clusters) else {
                     return WriteStep::Miss(Miss::Clusters(clusters).id());
                 };
-                let old = old.map(|host| self.geometry.host_cluster(host));
-                let write = PendingWrite { first, run, fresh: true, old };
-                (self.geometry.host(run.start), run.count, fill, write)
+                (run, old, copy)
             }
         };
-        let len = range.len.min(clusters * cluster - head);
-        let token = state.begin_pending(write);
+        let fresh = matches!(plan, Plan::Allocate { .. });
+        let len = range.len.min(run.count * geometry.cluster() - head);
+        let shape = Shape::new(geometry, old, fresh, head, head + len);
+        let token = state.begin_pending(PendingWrite {
+            first: GuestCluster(range.start.bytes() >> geometry.cluster_bits),
+            run,
+            fresh,
+            span: (shape.from, shape.to),
+            old: (fresh && old.host != 0).then(|| geometry.host_cluster(old.host)),
+        });
         let end: Rc<dyn WriteEnd> = Rc::<Self>::clone(self);
-        let guard = WriteGuard::pending(end, token, Some(self.epochs.lease()));
-        let tail = clusters * cluster - head - len;
-        let host = HostOffset::new(host + head);
-        WriteStep::Ready(WritePiece { len, host, head, tail, fill, guard })
+        WriteStep::Ready(WritePiece {
+            len,
+            host: HostOffset::new(geometry.host(run.start) + head),
+            head: head - shape.from,
+            tail: shape.to - (head + len),
+            fill: copy.unwrap_or(shape.fill),
+            guard: WriteGuard::pending(end, token, Some(self.epochs.lease())),
+        })
     }
 }
 
 impl State {
     /// Decides how the start of `range` is written.
     fn plan(&self, range: GuestRange) -> Result<Plan, Reason> {
-        let bits = self.geometry.cluster_bits;
+        let geometry = self.geometry;
+        let bits = geometry.cluster_bits;
         let first = GuestCluster(range.start.bytes() >> bits);
         let count = ((range.end().bytes() - 1) >> bits) - first.0 + 1;
         let entry = match self.lookup(first)? {
@@ -104,27 +150,31 @@ impl State {
             Lookup::Miss(miss) => return Ok(Plan::Miss(miss)),
             Lookup::Wait => return Ok(Plan::Wait(first)),
         };
+        let Some(old) = entry.subclusters() else {
+            return Err(match entry {
+                Entry::Compressed => Reason::CompressedCluster(first.0 << bits),
+                _ => Reason::BadEntry("L2", first.0 << bits, 0),
+            });
+        };
+        let head = range.start.within(geometry.cluster());
+        let touched = touched(geometry, head, head.saturating_add(range.len));
         Ok(match entry {
             Entry::Data { host, copied: true } => {
                 Plan::InPlace { host, clusters: self.run_of(first, count, entry) }
             }
-            Entry::ZeroAllocated { host, copied: true } => {
-                Plan::Reuse { host, clusters: self.run_of(first, count, entry) }
-            }
             Entry::Data { host, copied: false } => {
-                let fill = Fill::Old(HostOffset::new(host));
-                Plan::Allocate { clusters: 1, fill, old: Some(host) }
+                let copy = Some(Fill::Old(HostOffset::new(host)));
+                Plan::Allocate { old, clusters: 1, copy }
             }
-            Entry::ZeroAllocated { host, copied: false } => {
-                Plan::Allocate { clusters: 1, fill: Fill::Zero, old: Some(host) }
-            }
-            Entry::Absent | Entry::ZeroPlain => {
-                let fill = if entry == Entry::Absent { Fill::Below } else { Fill::Zero };
+            _ if old.host == 0 => {
                 let clusters = self.run_of(first, count.min(ALLOC_CLUSTERS_MAX), entry);
-                Plan::Allocate { clusters, fill, old: None }
+                Plan::Allocate { old, clusters, copy: None }
             }
-            Entry::Compressed => return Err(Reason::CompressedCluster(first.0 << bits)),
-            Entry::Damaged => return Err(Reason::BadEntry("L2", first.0 << bits, 0)),
+            _ if !old.copied => Plan::Allocate { old, clusters: 1, copy: None },
+            _ if old.allocated & touched == touched => {
+                Plan::InPlace { host: old.host, clusters: 1 }
+            }
+            _ => Plan::Reuse { old, clusters: self.run_of(first, count, entry) },
         })
     }
 
@@ -161,9 +211,24 @@ impl State {
     }
 
     fn publish(&mut self, write: PendingWrite) {
+        let geometry = self.geometry;
         for index in 0..write.run.count {
-            let host = self.geometry.host(HostCluster(write.run.start.0 + index));
-            if !self.set_entry(write.first.plus(index), Entry::data(host)) {
+            let host = geometry.host(HostCluster(write.run.start.0 + index));
+            let cluster = write.first.plus(index);
+            let start = index << geometry.cluster_bits;
+            let from = write.span.0.saturating_sub(start);
+            let written = touched(geometry, from, write.span.1.saturating_sub(start));
+            let slice = self.l2.get(geometry.slice_of(cluster));
+            let old = slice.map(|bytes| self.decode(bytes, geometry.slice_index(cluster)));
+            let old = old.and_then(Entry::subclusters).unwrap_or_default();
+            let kept = if write.fresh { 0 } else { old.allocated };
+            let new = Subclusters {
+                host,
+                copied: true,
+                allocated: kept | written,
+                zero: old.zero & !written,
+            };
+            if !self.set_entry(cluster, Entry::of(new)) {
                 // Cannot be: slices with pending clusters are not evicted. Never guess, stop.
                 let cause = Error::new(ErrorKind::Corrupt, "publish a mapping").at(host);
                 self.poison(&cause);

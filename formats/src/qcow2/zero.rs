@@ -1,4 +1,5 @@
-//! Write-zeroes and discard: in metadata alone for whole clusters of version 3.
+//! Write-zeroes and discard: in metadata alone for whole clusters of version 3, and for whole
+//! subclusters.
 //!
 //! What is given back reads as zeroes, never as what the layers below hold: version 2 has no way
 //! to say so, therefore there nothing is unmapped. A cluster that loses its mapping is freed by
@@ -14,6 +15,7 @@ use super::entry::Entry;
 use super::image::Image;
 use super::layout::GuestCluster;
 use super::state::{Lookup, Miss, State, Table};
+use super::subcluster::{ALL, Subclusters, touched};
 use crate::limits::ZERO_CLUSTERS_MAX;
 use crate::reason::Reason;
 
@@ -59,19 +61,63 @@ impl Image {
 
 impl State {
     fn plan_zero(&mut self, range: GuestRange, mode: ZeroMode) -> Result<Plan, Reason> {
-        let cluster = self.geometry.cluster();
-        let first = GuestCluster(range.start.bytes() >> self.geometry.cluster_bits);
+        let geometry = self.geometry;
+        let (cluster, sub) = (geometry.cluster(), geometry.subcluster());
+        let first = GuestCluster(range.start.bytes() >> geometry.cluster_bits);
         let head = range.start.within(cluster);
         // The last cluster may end behind the disk: what lies there reads as zeroes anyway.
         let to_end = range.end().bytes() == self.header.size;
         let whole = if to_end { range.len.div_ceil(cluster) } else { range.len / cluster };
-        if head == 0 && whole > 0 && self.geometry.version >= 3 {
+        if head == 0 && whole > 0 && geometry.version >= 3 {
             return self.zero_clusters(first, whole, range.len, mode);
         }
         if head == 0 && whole > 0 {
             return self.zero_in_place(first, whole, 0, range.len.min(whole * cluster), mode);
         }
-        self.zero_in_place(first, 1, head, range.len.min(cluster - head), mode)
+        let here = range.len.min(cluster - head);
+        let within = head & (sub - 1);
+        let to_end = to_end && here == range.len;
+        let whole = if to_end { here } else { here & !(sub - 1) };
+        if geometry.extended && within == 0 && whole > 0 {
+            return self.zero_subclusters(first, head, whole, mode);
+        }
+        self.zero_in_place(first, 1, head, here.min(sub - within), mode)
+    }
+
+    /// Zeroes whole subclusters, `len` bytes from byte `head` of cluster `at`, by their bits.
+    fn zero_subclusters(
+        &mut self,
+        at: GuestCluster,
+        head: u64,
+        len: u64,
+        mode: ZeroMode,
+    ) -> Result<Plan, Reason> {
+        if mode == ZeroMode::Discard && self.unmapped_from(at) > 0 {
+            return Ok(Plan::Done { len });
+        }
+        let entry = match self.lookup(at)? {
+            Lookup::Entry(entry) => entry,
+            Lookup::Miss(miss) => return Ok(Plan::Miss(miss)),
+            Lookup::Wait => return Ok(Plan::Wait(at)),
+        };
+        let Some(old) = entry.subclusters() else { return Ok(Plan::Write { len }) };
+        let touched = touched(self.geometry, head, head + len);
+        let changed = match mode {
+            ZeroMode::Discard => touched & old.allocated,
+            ZeroMode::Keep | ZeroMode::Unmap => touched & !old.zero,
+        };
+        if changed == 0 {
+            return Ok(Plan::Done { len });
+        }
+        let mut new =
+            Subclusters { allocated: old.allocated & !changed, zero: old.zero | changed, ..old };
+        if mode != ZeroMode::Keep && new.allocated == 0 {
+            new = Subclusters { host: 0, copied: false, ..new };
+        }
+        if self.set_entry(at, Entry::of(new)) && new.host != old.host {
+            self.unlink(self.geometry.host_cluster(old.host));
+        }
+        Ok(Plan::Done { len })
     }
 
     /// Zeroes whole clusters by their entries, as far as that is possible now.
@@ -124,21 +170,23 @@ impl State {
 
     /// Makes one cluster read as zeroes; false if its entry cannot say so.
     fn zero_entry(&mut self, at: GuestCluster, entry: Entry, mode: ZeroMode) -> bool {
-        let (raw, freed) = match (entry, mode) {
-            (Entry::Absent, ZeroMode::Discard) | (Entry::ZeroPlain, _) => return true,
-            (Entry::ZeroAllocated { .. }, ZeroMode::Keep) => return true,
-            (Entry::Absent, _) => (Entry::ZERO_PLAIN, None),
-            (Entry::Data { host, copied: true }, ZeroMode::Keep) => {
-                (Entry::zero_allocated(host), None)
-            }
-            (Entry::Data { host, .. } | Entry::ZeroAllocated { host, .. }, _) => {
-                (Entry::ZERO_PLAIN, Some(host))
-            }
-            (Entry::Compressed | Entry::Damaged, _) => return false,
+        let Some(old) = entry.subclusters() else { return false };
+        let done = match mode {
+            ZeroMode::Discard => entry == Entry::Absent || entry == Entry::ZeroPlain,
+            ZeroMode::Keep => old.zero == ALL,
+            ZeroMode::Unmap => entry == Entry::ZeroPlain,
         };
-        let changed = self.set_entry(at, raw);
-        if let (true, Some(host)) = (changed, freed) {
-            self.unlink(self.geometry.host_cluster(host));
+        if done {
+            return true;
+        }
+        let kept = mode == ZeroMode::Keep && old.copied;
+        let new = match old {
+            Subclusters { host, copied, .. } if kept => Entry::ZeroAllocated { host, copied },
+            _ => Entry::ZeroPlain,
+        };
+        let changed = self.set_entry(at, new);
+        if changed && !kept && old.host != 0 {
+            self.unlink(self.geometry.host_cluster(old.host));
         }
         changed
     }
@@ -162,20 +210,23 @@ impl State {
             let clusters = self.unmapped_from(first).min(count).max(1);
             return Ok(Plan::Write { len: len.min(clusters * cluster - head) });
         }
-        Ok(match self.lookup(first)? {
-            Lookup::Miss(miss) => Plan::Miss(miss),
-            Lookup::Wait => Plan::Wait(first),
-            Lookup::Entry(Entry::ZeroPlain | Entry::ZeroAllocated { .. }) => {
-                Plan::Done { len: one }
-            }
-            Lookup::Entry(entry @ Entry::Data { host, copied: true }) => {
-                let run = self.run_of(first, count, entry);
-                Plan::Storage { len: len.min(run * cluster - head), host: host + head }
-            }
-            Lookup::Entry(entry) => {
-                let run = self.run_of(first, count, entry);
-                Plan::Write { len: len.min(run * cluster - head) }
-            }
-        })
+        let entry = match self.lookup(first)? {
+            Lookup::Entry(entry) => entry,
+            Lookup::Miss(miss) => return Ok(Plan::Miss(miss)),
+            Lookup::Wait => return Ok(Plan::Wait(first)),
+        };
+        let old = entry.subclusters().unwrap_or_default();
+        let bits = touched(self.geometry, head, head + one);
+        if old.zero & bits == bits {
+            return Ok(Plan::Done { len: one });
+        }
+        // The following clusters continue this one only where it is of one kind.
+        let uniform = matches!(entry, Entry::Data { .. } | Entry::Absent | Entry::Compressed);
+        let run = if uniform { self.run_of(first, count, entry) } else { 1 };
+        let len = len.min(run * cluster - head);
+        if old.copied && old.allocated & bits == bits {
+            return Ok(Plan::Storage { len, host: old.host + head });
+        }
+        Ok(Plan::Write { len })
     }
 }

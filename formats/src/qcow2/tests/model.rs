@@ -223,6 +223,10 @@ fn options(rng: &mut Rng, size: u64, below: bool) -> CreateOptions {
     if options.version == 3 {
         options.refcount_order = (rng.bits() % 7) as u32;
     }
+    if options.version == 3 && rng.bits().is_multiple_of(3) {
+        options.cluster_size = 1 << [14, 14, 15, 17][(rng.bits() % 4) as usize];
+        options.extended_l2 = true;
+    }
     options
 }
 

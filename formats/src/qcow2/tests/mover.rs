@@ -96,6 +96,12 @@ impl Disk {
                             storage.read(after, tail.clone()).await?;
                             (head, tail)
                         }
+                        Fill::Current => {
+                            let after = range.start.bytes() + piece.len;
+                            let head = self.read(start, piece.head).await?;
+                            let tail = self.read(after, piece.tail).await?;
+                            (Buf::from_vec(head), Buf::from_vec(tail))
+                        }
                         Fill::OldCompressed => unreachable!("not made by this version"),
                     };
                     let mut whole = head;
