@@ -73,11 +73,11 @@ impl Image {
                     format: Some(image.driver().into()),
                 });
                 let options = CreateOptions {
-                    size: self.size,
                     backing,
                     cluster_size: like.cluster_size,
                     version: like.version,
                     refcount_order: like.refcount_order,
+                    ..CreateOptions::new(self.size)
                 };
                 create(core, &storage, options).await?;
             }
