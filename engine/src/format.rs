@@ -261,8 +261,15 @@ pub trait Format {
     /// Makes everything written and completed so far durable.
     fn flush(&self) -> LocalFuture<'_, Result<()>>;
 
-    /// Changes the virtual size.
-    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>>;
+    /// Changes the virtual size to `size` bytes; see [`Format::resize_with`].
+    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+        self.resize_with(Resize::to(size))
+    }
+
+    /// Changes the virtual size, durable when the future ends. What is added reads as zeroes; what
+    /// is cut off is gone, also after growing again. At any cut the disk has the old size and all
+    /// of its data, or the new size.
+    fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>>;
 
     /// Makes a read-only image writable or the reverse; on the way to read-only everything is
     /// flushed and the file is left clean.
@@ -342,6 +349,58 @@ pub trait InternalSnapshots {
 
     /// Makes the disk what it was at the snapshot.
     fn apply(&self, id_or_name: &str) -> LocalFuture<'static, Result<()>>;
+}
+
+/// What of an image's new part is allocated at once (QMP `PreallocMode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// The format's metadata.
+    Metadata,
+    /// The metadata, and space by `fallocate`.
+    Falloc,
+    /// The metadata, and space by writing zeroes.
+    Full,
+}
+
+/// A change of the virtual size.
+#[derive(Clone)]
+pub struct Resize {
+    /// The new size in bytes.
+    pub size: u64,
+    /// What of an added part is allocated at once; must be `Off` for a smaller size.
+    pub preallocation: Preallocation,
+    /// The layers below, if there are any: they must not show up in what is added.
+    pub below: Option<Below>,
+}
+
+impl Resize {
+    /// A change to `size` bytes without preallocation, of an image without layers below.
+    pub fn to(size: u64) -> Self {
+        Self { size, preallocation: Preallocation::Off, below: None }
+    }
+}
+
+impl std::fmt::Debug for Resize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let below = self.below.as_ref().map(|below| below.size);
+        let fields = (self.size, self.preallocation, below);
+        f.debug_tuple("Resize").field(&fields).finish()
+    }
+}
+
+/// Reads a range of the layers below into a buffer of its length (zeroes beyond their end).
+pub type ReadBelow = Rc<dyn Fn(GuestRange, Buf) -> LocalFuture<'static, Result<()>>>;
+
+/// The layers below an image, for what the image itself has to copy from them.
+#[derive(Clone)]
+pub struct Below {
+    /// Their size in bytes.
+    pub size: u64,
+    /// How they are read.
+    pub read: ReadBelow,
 }
 
 /// A reference to a backing file as a header holds it.

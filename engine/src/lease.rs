@@ -13,9 +13,11 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 /// The epochs of one image on its home core.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Epochs {
     current: Cell<u64>,
+    /// Called when an epoch before the current one has lost its last lease.
+    wake: RefCell<Option<Rc<dyn Fn()>>>,
     /// Live leases per epoch, oldest first; the last entry is the current epoch.
     live: RefCell<VecDeque<u64>>,
 }
@@ -34,6 +36,12 @@ impl Epochs {
         let epochs = Self::default();
         epochs.live.borrow_mut().push_back(0);
         Rc::new(epochs)
+    }
+
+    /// Has `wake` called whenever an epoch that was retired loses its last lease; replaces what was
+    /// set before.
+    pub fn on_quiesced(&self, wake: impl Fn() + 'static) {
+        *self.wake.borrow_mut() = Some(Rc::new(wake));
     }
 
     /// A lease on the current epoch.
@@ -69,9 +77,22 @@ impl Epochs {
         let index = usize::try_from(epoch - oldest).expect("invariant: epoch is live");
         let count = live.get_mut(index).expect("invariant: epoch is live");
         *count -= 1;
+        let ended = *count == 0 && index + 1 < live.len();
         while live.len() > 1 && live.front() == Some(&0) {
             live.pop_front();
         }
+        drop(live);
+        let wake = self.wake.borrow().as_ref().filter(|_| ended).cloned();
+        if let Some(wake) = wake {
+            wake();
+        }
+    }
+}
+
+impl std::fmt::Debug for Epochs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let fields = (self.current.get(), self.live.borrow().len());
+        f.debug_tuple("Epochs").field(&fields).finish()
     }
 }
 
@@ -96,7 +117,13 @@ mod tests {
         assert!(!epochs.quiesced(second));
         drop(young);
         assert!(!epochs.quiesced(second), "the older lease still counts");
+        let woken = Rc::new(Cell::new(0));
+        let count = Rc::clone(&woken);
+        epochs.on_quiesced(move || count.set(count.get() + 1));
+        drop(epochs.lease());
+        assert_eq!(woken.get(), 0, "the current epoch goes on");
         drop(old);
+        assert_eq!(woken.get(), 1);
         assert!(epochs.quiesced(first) && epochs.quiesced(second));
     }
 

@@ -11,12 +11,14 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
     Abilities, BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo,
-    LocalFuture, Mapping, MissId, OpenImage, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+    LocalFuture, Mapping, MissId, OpenImage, Preallocation, Resize, WriteGuard, WritePiece,
+    WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::Lease;
 use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
+use crate::limits::TABLE_PIECE;
 use crate::reason::Reason;
 
 /// Opens and creates raw images.
@@ -24,6 +26,7 @@ use crate::reason::Reason;
 pub struct RawDriver;
 
 struct Raw {
+    core: Core,
     storage: Storage,
     offset: u64,
     /// Set if the caller named a size; then it cannot change.
@@ -41,11 +44,24 @@ impl Raw {
         }
         let writable = Cell::new(open.writable);
         let fixed = open.raw_size;
-        Ok(Self { storage: open.storage, offset: open.raw_offset, fixed, writable })
+        let storage = open.storage;
+        Ok(Self { core: open.core, storage, offset: open.raw_offset, fixed, writable })
     }
 
     fn bytes(&self) -> u64 {
         self.fixed.unwrap_or_else(|| self.storage.size().saturating_sub(self.offset))
+    }
+
+    /// Writes zeroes from `from` to `end` of the file, a piece at a time.
+    async fn write_out_zeroes(&self, from: u64, end: u64) -> Result<()> {
+        let mut at = from;
+        while at < end {
+            let len = (end - at).min(TABLE_PIECE as u64);
+            let zeroes = self.core.pool().zeroed(usize::try_from(len).unwrap_or(0));
+            self.storage.write(at, zeroes, false).await?;
+            at += len;
+        }
+        Ok(())
     }
 
     /// Where a range that is about to be changed lies in the file.
@@ -128,7 +144,8 @@ impl Format for Raw {
         Box::pin(self.storage.flush())
     }
 
-    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+    fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>> {
+        let Resize { size, preallocation, .. } = to;
         Box::pin(async move {
             if self.fixed.is_some() {
                 return Err(Reason::RawFixed.error("resize").on(self.storage.name()));
@@ -139,7 +156,19 @@ impl Format for Raw {
             let Some(end) = self.offset.checked_add(size) else {
                 return Err(Error::new(ErrorKind::InvalidArgument, "resize"));
             };
-            self.storage.truncate(end).await
+            let old = self.storage.size();
+            if end <= old && preallocation != Preallocation::Off {
+                return Err(Reason::PreallocationShrink.error("resize").on(self.storage.name()));
+            }
+            match preallocation {
+                Preallocation::Metadata => {
+                    let reason = Reason::PreallocationMode("metadata");
+                    Err(reason.error("resize").on(self.storage.name()))
+                }
+                Preallocation::Off => self.storage.truncate(end).await,
+                Preallocation::Falloc => self.storage.allocate(old, end - old).await,
+                Preallocation::Full => self.write_out_zeroes(old, end).await,
+            }
         })
     }
 

@@ -76,8 +76,32 @@ pub enum Reason {
     SizeTooBig,
     /// The L1 table does not cover the virtual size.
     L1Small,
-    /// Internal snapshots and the image should be writable.
-    Snapshots(u32),
+    /// No snapshot has this id or name.
+    SnapshotNotFound,
+    /// Snapshots together with an external data file.
+    SnapshotDataFile,
+    /// The table of snapshots would have too many entries or bytes.
+    SnapshotsMany,
+    /// A snapshot table entry has too much extra data (index).
+    SnapshotExtra(u32),
+    /// A snapshot table entry cannot be (index).
+    SnapshotEntry(u32),
+    /// The id or name of a new snapshot is too long.
+    SnapshotName,
+    /// One more reference to the cluster at this host offset does not fit in this many bits.
+    RefcountOverflow(u32, u64),
+    /// Bitmaps describe the disk, so it cannot be replaced.
+    ActiveBitmaps,
+    /// Another size would contradict the snapshots of a version 2 image.
+    ResizeSnapshots,
+    /// Version 2 cannot hide what the layers below hold.
+    ZeroNewClusters,
+    /// The L1 table cannot be large enough for the size.
+    L1Grow,
+    /// Preallocation with a size that is not larger.
+    PreallocationShrink,
+    /// A preallocation mode that the format does not have.
+    PreallocationMode(&'static str),
     /// A compressed cluster was to be read or written.
     CompressedCluster(u64),
     /// An entry of a table that cannot be (table, offset of the guest or index).
@@ -88,10 +112,10 @@ pub enum Reason {
     Refcount(u64),
     /// The image cannot grow further.
     TableFull,
-    /// Shrinking would have to free clusters.
-    Shrink,
     /// The new size is not a multiple of 512.
     SizeAlignment,
+    /// Shrinking would have to free clusters.
+    Shrink,
     /// A cluster size that cannot be created.
     CreateClusterSize,
     /// The backing name does not fit in the header.
@@ -139,12 +163,21 @@ impl Reason {
             | Self::Encrypted(_)
             | Self::Encryption(_)
             | Self::Dirty(_)
-            | Self::Snapshots(_)
             | Self::Shrink
+            | Self::SnapshotDataFile
+            | Self::ResizeSnapshots
+            | Self::ZeroNewClusters
+            | Self::PreallocationMode(_)
             | Self::NoBackingSupport(_)
             | Self::RawFixed => ErrorKind::Unsupported,
             Self::CompressedCluster(_) | Self::DataBeyondEnd(..) => ErrorKind::Io(5),
-            Self::SizeAlignment
+            Self::SnapshotNotFound => ErrorKind::NotFound,
+            Self::ActiveBitmaps => ErrorKind::Busy,
+            Self::SnapshotsMany | Self::L1Grow => ErrorKind::Io(27),
+            Self::RefcountOverflow(..)
+            | Self::SnapshotName
+            | Self::PreallocationShrink
+            | Self::SizeAlignment
             | Self::CreateClusterSize
             | Self::CreateExtendedClusterSize
             | Self::CreateExtendedVersion
@@ -210,6 +243,17 @@ impl Reason {
             Self::L1Small => "L1 table is too small",
             Self::TableFull => "qcow2: The refcount table cannot grow any further",
             Self::Shrink => "qcow2: Shrinking would discard allocated clusters: not supported",
+            Self::SnapshotNotFound => "snapshot not found",
+            Self::SnapshotDataFile => {
+                "Images with an external data file cannot have internal snapshots"
+            }
+            Self::SnapshotsMany => "Snapshot table too large",
+            Self::SnapshotName => "Snapshot ids and names have at most 65535 bytes",
+            Self::ActiveBitmaps => "Device has active dirty bitmaps",
+            Self::ResizeSnapshots => "Can't resize a v2 image which has snapshots",
+            Self::ZeroNewClusters => "Failed to zero out new clusters: Operation not supported",
+            Self::L1Grow => "Failed to grow the L1 table: File too large",
+            Self::PreallocationShrink => "Preallocation can only be used for growing images",
             Self::SizeAlignment => "The new size must be a multiple of 512",
             Self::CreateClusterSize => "Cluster size must be a power of two between 512 and 2048k",
             Self::HeaderFull => "Header extensions and backing file name do not fit in a cluster",
@@ -246,11 +290,18 @@ impl Reason {
                      {host:#x}, beyond the end of the file"
             ),
             Self::TableOffset(table) => write!(f, "{table} offset invalid"),
-            Self::Snapshots(count) => write!(
+            Self::SnapshotExtra(index) => {
+                write!(f, "Too much extra metadata in snapshot table entry {index}")
+            }
+            Self::SnapshotEntry(index) => {
+                write!(f, "qcow2: Image is corrupt: snapshot table entry {index} cannot be")
+            }
+            Self::RefcountOverflow(bits, host) => write!(
                 f,
-                "qcow2: Image has {count} internal snapshot(s); it can only be opened \
-                     read-only"
+                "A refcount of {bits} bit(s) cannot count another reference to the cluster at \
+                     {host:#x}; delete a snapshot, or convert to an image with wider refcounts"
             ),
+            Self::PreallocationMode(mode) => write!(f, "Unsupported preallocation mode: {mode}"),
             Self::CompressedCluster(offset) => {
                 write!(f, "Compressed cluster at guest offset {offset:#x} is not supported")
             }

@@ -9,7 +9,7 @@ use crate::buf::Buf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Abilities, BackingRef, Extent, Extents, Format, ImageInfo, LocalFuture, Mapping, MissId,
-    WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+    Resize, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use crate::lease::Lease;
 use crate::storage::Storage;
@@ -99,10 +99,10 @@ impl Format for Plain {
         Box::pin(self.storage.flush())
     }
 
-    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>> {
+    fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>> {
         Box::pin(async move {
-            self.storage.truncate(size).await?;
-            self.size.set(size);
+            self.storage.truncate(to.size).await?;
+            self.size.set(to.size);
             Ok(())
         })
     }

@@ -181,9 +181,6 @@ impl Header {
         if self.incompatible & INCOMPATIBLE_DIRTY != 0 {
             return Err(Reason::Dirty(name.to_owned()));
         }
-        if self.nb_snapshots > 0 {
-            return Err(Reason::Snapshots(self.nb_snapshots));
-        }
         Ok(())
     }
 

@@ -12,8 +12,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::sync::{Mutex, Notify};
 use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::format::{
-    Abilities, BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId, WriteStep,
-    ZeroMode, ZeroStep,
+    Abilities, BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId, Resize,
+    WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::{Epochs, Lease};
 use liveblk_engine::storage::Storage;
@@ -223,8 +223,8 @@ impl Format for Qcow2 {
         self.0.run(Rc::clone(&self.0).flush())
     }
 
-    fn resize(&self, size: u64) -> LocalFuture<'_, Result<()>> {
-        self.0.run(Rc::clone(&self.0).resize(size))
+    fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>> {
+        self.0.run(Rc::clone(&self.0).resize(to.size))
     }
 
     fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>> {

@@ -89,7 +89,6 @@ fn bad_headers_are_refused_with_the_peers_texts() {
     assert_eq!(refusal(&dirty, false), None);
     assert_eq!(refusal(&patched(&good, &[(72, &be64(2))]), false), None);
     let snapshots = patched(&good, &[(60, &be32(1)), (64, &be64(0x10000))]);
-    assert!(refusal(&snapshots, true).expect("is refused").contains("1 internal snapshot"));
     assert_eq!(refusal(&snapshots, false), None);
     for len in [0, 3, 71, 100] {
         assert!(refusal(&good[..len], true).is_some(), "{len} bytes");
