@@ -497,6 +497,8 @@ pub struct OpenImage {
     pub filename: PathBuf,
     /// Whether guest writes will be allowed.
     pub writable: bool,
+    /// Whether space that guests give back is given back to the storage.
+    pub discard_unmap: bool,
     /// The external data file.
     pub data: DataSource,
     /// Options of the format.

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use liveblk_engine::{Error, ErrorKind};
 
+use crate::qcow2::OptionFault;
+
 /// A reason for a refusal; Display is the whole text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reason {
@@ -74,6 +76,8 @@ pub enum Reason {
     DataBeyondEnd(u64, u64),
     /// More than 2^31 L1 entries would be needed.
     SizeTooBig,
+    /// An option of opening.
+    Option(OptionFault),
     /// The L1 table does not cover the virtual size.
     L1Small,
     /// No snapshot has this id or name.
@@ -178,6 +182,7 @@ impl Reason {
             | Self::SnapshotName
             | Self::PreallocationShrink
             | Self::SizeAlignment
+            | Self::Option(_)
             | Self::CreateClusterSize
             | Self::CreateExtendedClusterSize
             | Self::CreateExtendedVersion
@@ -264,6 +269,7 @@ impl Reason {
 
     fn fmt_with_values(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Option(fault) => fmt::Display::fmt(fault, f),
             Self::Version(version) => write!(f, "Unsupported qcow2 version {version}"),
             Self::ClusterBits(bits) => write!(f, "Unsupported cluster size: 2^{bits}"),
             Self::SubclusterSize(bytes) => write!(f, "Unsupported subcluster size: {bytes}"),

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+use liveblk_engine::format::{FormatOptions, InfoValue};
 use liveblk_engine::graph::{BackingSource, FileSource, FileSpec, GraphError, OpenNode};
 use liveblk_engine::node::{Node, NodeId, NodeOptions, Role, User};
 
@@ -174,6 +175,7 @@ fn raw_image(raw: RawOptions, own: Inherited) -> Result<OpenNode> {
 
 fn qcow2_image(qcow2: Qcow2Options, own: Inherited) -> Result<OpenNode> {
     let mut open = OpenNode::new("qcow2", "");
+    open.format_options = qcow2_options(&qcow2)?;
     place(&mut open, qcow2.file, own)?;
     open.backing = match qcow2.backing {
         None => BackingSource::FromHeader,
@@ -187,6 +189,40 @@ fn qcow2_image(qcow2: Qcow2Options, own: Inherited) -> Result<OpenNode> {
         }
     };
     Ok(open)
+}
+
+/// The options that the format takes itself.
+fn qcow2_options(qcow2: &Qcow2Options) -> Result<FormatOptions> {
+    let mut options = FormatOptions::new();
+    let flags = [
+        ("lazy-refcounts", qcow2.lazy_refcounts),
+        ("pass-discard-request", qcow2.pass_discard_request),
+        ("pass-discard-snapshot", qcow2.pass_discard_snapshot),
+        ("pass-discard-other", qcow2.pass_discard_other),
+        ("discard-no-unref", qcow2.discard_no_unref),
+    ];
+    for (name, value) in flags {
+        options.extend(value.map(|on| (name.to_owned(), InfoValue::Flag(on))));
+    }
+    let interval = qcow2.cache_clean_interval;
+    if interval.is_some_and(|seconds| !(0..=i64::from(u32::MAX)).contains(&seconds)) {
+        return Err(Failure::generic("Cache clean interval too big"));
+    }
+    let numbers = [
+        ("cache-size", qcow2.cache_size),
+        ("l2-cache-size", qcow2.l2_cache_size),
+        ("l2-cache-entry-size", qcow2.l2_cache_entry_size),
+        ("refcount-cache-size", qcow2.refcount_cache_size),
+        ("cache-clean-interval", qcow2.cache_clean_interval),
+    ];
+    for (name, value) in numbers {
+        let Some(value) = value else { continue };
+        let number = u64::try_from(value).map_err(|_| {
+            Failure::generic(format!("Value '{value}' is out of range for parameter '{name}'"))
+        })?;
+        options.insert(name.to_owned(), InfoValue::Number(number));
+    }
+    Ok(options)
 }
 
 /// What holds an image.

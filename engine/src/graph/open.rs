@@ -291,6 +291,7 @@ impl Graph {
             storage,
             filename: filename.to_path_buf(),
             writable: spec.writable,
+            discard_unmap: spec.options.discard_unmap,
             data: DataSource::None,
             options: spec.format_options.clone(),
             raw_offset: spec.raw_offset,

@@ -8,12 +8,13 @@ use liveblk_engine::format::{CreateImage, Driver, Format, InfoValue, LocalFuture
 use liveblk_engine::storage::Storage;
 
 use super::create::{CreateOptions, create};
-use super::image::{Options, Qcow2};
+use super::image::Qcow2;
 use super::layout::MAGIC;
 use super::open;
+use super::options::Options;
 
 /// Opens and creates qcow2 images.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Qcow2Driver {
     options: Options,
 }
@@ -39,7 +40,7 @@ impl Driver for Qcow2Driver {
     }
 
     fn open(&self, open: OpenImage) -> LocalFuture<'static, Result<Rc<dyn Format>>> {
-        let options = self.options;
+        let options = self.options.clone();
         Box::pin(async move {
             let image = open::open(open, options).await?;
             let format: Rc<dyn Format> = Rc::new(Qcow2(image));

@@ -20,15 +20,9 @@ use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::layout::{Geometry, INCOMPATIBLE_CORRUPT};
+use super::options::Options;
 use super::state::{Health, Miss, State};
 use crate::reason::Reason;
-
-/// How an image is opened beyond what every format is told.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
-    /// Give the space of freed clusters back to the storage before they can be reused.
-    pub discard_unmap: bool,
-}
 
 /// An open image.
 pub(super) struct Image {

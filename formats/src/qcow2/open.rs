@@ -16,10 +16,11 @@ use liveblk_engine::storage::Storage;
 
 use super::cache::{Cache, IntMap};
 use super::header::Header;
-use super::image::{Image, Options};
+use super::image::Image;
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
+use super::options::Options;
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
-use crate::limits::{CACHE_SLICES_MIN, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES, TABLE_PIECE};
+use crate::limits::{CACHE_SLICES_MIN, TABLE_PIECE};
 use crate::reason::Reason;
 
 /// Bytes that are read to learn the cluster size.
@@ -75,12 +76,17 @@ pub(super) async fn read_words(
 
 /// Opens the image.
 pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>> {
-    let OpenImage { core, storage, filename, writable, .. } = open;
+    let OpenImage { core, storage, filename, writable, discard_unmap, .. } = open;
+    let options = Options { discard_unmap: options.discard_unmap || discard_unmap, ..options };
+    let options = options.with(&open.options);
+    let refuse = |fault| Reason::Option(fault).error("open").on(storage.name());
+    let options = options.map_err(refuse)?;
     let header = read_header(&core, &storage).await?;
     let name = filename.to_string_lossy().into_owned();
     let checked = header.check_features(writable, &filename);
     checked.map_err(|reason| reason.error("open").on(&name))?;
     let geometry = header.geometry;
+    options.check(geometry.version, geometry.cluster()).map_err(refuse)?;
     let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_size) * ENTRY_BYTES);
     if l1_end > storage.size() {
         // Missing entries would read as "nothing is allocated", which is wrong data.
@@ -104,8 +110,8 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         l1_dirty: BTreeSet::new(),
         reftable,
         reftable_dirty: BTreeSet::new(),
-        l2: cache(L2_CACHE_BYTES, geometry),
-        refs: cache(REFCOUNT_CACHE_BYTES, geometry),
+        l2: cache(options.l2_cache, geometry),
+        refs: cache(options.refcount_cache, geometry),
         metadata,
         pending: BTreeMap::new(),
         writes: IntMap::default(),

@@ -40,13 +40,7 @@ impl Image {
 
     async fn free(self: &Rc<Self>, run: Run) {
         if self.options.discard_unmap {
-            for cluster in run.clusters() {
-                if self.last_reference(cluster).await {
-                    let host = self.geometry.host(cluster);
-                    // Only an optimisation: without it the space is reused later.
-                    let _ = self.storage.discard(host, self.geometry.cluster()).await;
-                }
-            }
+            self.punch(run).await;
         }
         for cluster in run.clusters() {
             let (slice, _) = self.state.borrow().ref_position(cluster);
@@ -64,6 +58,28 @@ impl Image {
             if count == 1 {
                 state.note_free(cluster);
             }
+        }
+    }
+
+    /// Gives the space of the clusters that lose their last reference back to the storage, whole
+    /// stretches at a time. Only an optimisation: where it fails the space is reused later.
+    async fn punch(self: &Rc<Self>, run: Run) {
+        let mut stretch = Run { start: run.start, count: 0 };
+        for cluster in run.clusters() {
+            if self.last_reference(cluster).await {
+                stretch.count += 1;
+                continue;
+            }
+            self.punch_stretch(stretch).await;
+            stretch = Run { start: cluster.plus(1), count: 0 };
+        }
+        self.punch_stretch(stretch).await;
+    }
+
+    async fn punch_stretch(&self, run: Run) {
+        if run.count > 0 {
+            let len = run.count << self.geometry.cluster_bits;
+            let _ = self.storage.discard(self.geometry.host(run.start), len).await;
         }
     }
 

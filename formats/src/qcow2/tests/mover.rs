@@ -51,12 +51,13 @@ pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Resul
         storage,
         filename,
         writable,
+        discard_unmap: true,
         data: DataSource::None,
         options: FormatOptions::new(),
         raw_offset: 0,
         raw_size: None,
     };
-    let driver = Qcow2Driver::with_options(Options { discard_unmap: true });
+    let driver = Qcow2Driver::with_options(Options { discard_unmap: true, ..Options::default() });
     let format = driver.open(image).await?;
     Ok(Disk { core, format, below: |_| 0 })
 }

@@ -1,0 +1,178 @@
+//! Options of opening an image, from the names and values that QMP gives them.
+//!
+//! Source: QMP `BlockdevOptionsQcow2`. Unknown names and wrong kinds are refused by name. Options
+//! that only tune the peer's caches (`l2-cache-entry-size`, `cache-clean-interval`) are checked and
+//! have no effect here: slices have a fixed size and are evicted when others need the room.
+
+use std::fmt;
+
+use liveblk_engine::format::{FormatOptions, InfoValue};
+
+use crate::limits::{L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES};
+
+/// What is wrong with an option; Display is the whole text, the peer's where it has one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OptionFault {
+    /// An unknown name, or a value of the wrong kind.
+    Bad(String),
+    /// All three cache sizes were given.
+    AllSizesSet,
+    /// One cache is to be larger than both together.
+    Exceeds(&'static str),
+    /// A size of pieces of L2 tables that does not fit clusters of so many bytes.
+    EntrySize(u64),
+    /// Lazy refcounts in a version 2 image.
+    LazyVersion,
+}
+
+impl fmt::Display for OptionFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bad(name) => {
+                write!(f, "Option '{name}' is unknown to qcow2, or its value is of the wrong kind")
+            }
+            Self::AllSizesSet => f.write_str(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
+            ),
+            Self::Exceeds(which) => write!(f, "{which}-cache-size may not exceed cache-size"),
+            Self::EntrySize(cluster) => write!(
+                f,
+                "L2 cache entry size must be a power of two between 512 and the cluster size \
+                 ({cluster})"
+            ),
+            Self::LazyVersion => f.write_str(
+                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
+            ),
+        }
+    }
+}
+
+/// How an image is opened beyond what every format is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Give the space of freed clusters back to the storage before they can be reused
+    /// (`pass-discard-request`).
+    pub discard_unmap: bool,
+    /// Overrides the image's own wish for refcounts that may be stale while it is in use.
+    pub lazy_refcounts: Option<bool>,
+    /// Bytes of cached L2 slices at most.
+    pub l2_cache: u64,
+    /// Bytes of cached refcount slices at most.
+    pub refcount_cache: u64,
+    /// Bytes of a cached piece of an L2 table, if given; only checked.
+    pub l2_cache_entry: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            discard_unmap: false,
+            lazy_refcounts: None,
+            l2_cache: L2_CACHE_BYTES,
+            refcount_cache: REFCOUNT_CACHE_BYTES,
+            l2_cache_entry: None,
+        }
+    }
+}
+
+impl Options {
+    /// Takes what `given` says, the rest from `self`.
+    ///
+    /// # Errors
+    /// An unknown name, a value of the wrong kind, cache sizes that contradict each other.
+    pub(super) fn with(mut self, given: &FormatOptions) -> Result<Self, OptionFault> {
+        let (mut both, mut l2, mut refcounts) = (None, None, None);
+        for (name, value) in given {
+            match (name.as_str(), value) {
+                ("pass-discard-request", InfoValue::Flag(on)) => self.discard_unmap = *on,
+                ("lazy-refcounts", InfoValue::Flag(on)) => self.lazy_refcounts = Some(*on),
+                ("cache-size", InfoValue::Number(bytes)) => both = Some(*bytes),
+                ("l2-cache-size", InfoValue::Number(bytes)) => l2 = Some(*bytes),
+                ("refcount-cache-size", InfoValue::Number(bytes)) => refcounts = Some(*bytes),
+                ("l2-cache-entry-size", InfoValue::Number(bytes)) => {
+                    self.l2_cache_entry = Some(*bytes);
+                }
+                (
+                    "pass-discard-snapshot" | "pass-discard-other" | "discard-no-unref",
+                    InfoValue::Flag(_),
+                )
+                | ("cache-clean-interval", InfoValue::Number(_)) => {}
+                _ => return Err(OptionFault::Bad(name.clone())),
+            }
+        }
+        self.share_out(both, l2, refcounts)?;
+        Ok(self)
+    }
+
+    /// Divides the cache sizes as the peer does (QEMU, "qcow2 L2/refcount cache configuration").
+    fn share_out(
+        &mut self,
+        both: Option<u64>,
+        l2: Option<u64>,
+        refcounts: Option<u64>,
+    ) -> Result<(), OptionFault> {
+        if let Some(both) = both {
+            match (l2, refcounts) {
+                (Some(_), Some(_)) => return Err(OptionFault::AllSizesSet),
+                (Some(l2), _) if l2 > both => return Err(OptionFault::Exceeds("l2")),
+                (_, Some(refcounts)) if refcounts > both => {
+                    return Err(OptionFault::Exceeds("refcount"));
+                }
+                (Some(l2), None) => self.set(l2, both - l2),
+                (None, Some(refcounts)) => self.set(both - refcounts, refcounts),
+                (None, None) => self.set(both - both / 5, both / 5),
+            }
+            return Ok(());
+        }
+        self.set(l2.unwrap_or(self.l2_cache), refcounts.unwrap_or(self.refcount_cache));
+        Ok(())
+    }
+
+    fn set(&mut self, l2: u64, refcounts: u64) {
+        (self.l2_cache, self.refcount_cache) = (l2, refcounts);
+    }
+
+    /// Checks what depends on the image.
+    pub(super) fn check(&self, version: u32, cluster: u64) -> Result<(), OptionFault> {
+        if self.lazy_refcounts == Some(true) && version < 3 {
+            return Err(OptionFault::LazyVersion);
+        }
+        match self.l2_cache_entry {
+            Some(bytes) if !bytes.is_power_of_two() || !(512..=cluster).contains(&bytes) => {
+                Err(OptionFault::EntrySize(cluster))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given(options: &[(&str, InfoValue)]) -> Result<Options, OptionFault> {
+        let given = options.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
+        Options::default().with(&given.collect())
+    }
+
+    #[test]
+    fn cache_sizes_are_shared_out_and_contradictions_refused() {
+        let size = InfoValue::Number;
+        let both = given(&[("cache-size", size(10 << 20))]).expect("one size is enough");
+        assert_eq!((both.l2_cache, both.refcount_cache), (8 << 20, 2 << 20));
+        let one = given(&[("cache-size", size(10)), ("l2-cache-size", size(7))]).expect("fits");
+        assert_eq!((one.l2_cache, one.refcount_cache), (7, 3));
+        let more = given(&[("cache-size", size(10)), ("refcount-cache-size", size(11))]);
+        assert_eq!(more, Err(OptionFault::Exceeds("refcount")));
+        let names = ["cache-size", "l2-cache-size", "refcount-cache-size"];
+        assert_eq!(given(&names.map(|name| (name, size(9)))), Err(OptionFault::AllSizesSet));
+    }
+
+    #[test]
+    fn unknown_names_and_wrong_kinds_are_refused_by_name() {
+        let unknown = given(&[("cache", InfoValue::Number(1))]);
+        assert_eq!(unknown, Err(OptionFault::Bad("cache".to_owned())));
+        let kind = given(&[("lazy-refcounts", InfoValue::Number(1))]);
+        assert_eq!(kind, Err(OptionFault::Bad("lazy-refcounts".to_owned())));
+    }
+}
