@@ -3,6 +3,7 @@
 //! - [`raw`]: the smallest example of a format;
 //! - [`qcow2`]: versions 2 and 3;
 //! - [`reference`]: which files a header may make the engine open;
+//! - [`create_reason`]: why an image cannot be created as asked;
 //! - [`reason`]: why something was refused, in the texts that people read;
 //! - [`registry`]: the formats by name, for the engine.
 
@@ -10,6 +11,7 @@
 #![deny(clippy::unwrap_used, clippy::indexing_slicing)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
 
+pub mod create_reason;
 pub mod limits;
 pub mod qcow2;
 pub mod raw;

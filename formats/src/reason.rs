@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use liveblk_engine::{Error, ErrorKind};
 
+use crate::create_reason::CreateReason;
 use crate::qcow2::OptionFault;
 
 /// A reason for a refusal; Display is the whole text.
@@ -54,10 +55,6 @@ pub enum Reason {
     CompressionUnsupported,
     /// Extended L2 entries with subclusters of this many bytes.
     SubclusterSize(u64),
-    /// Extended L2 entries with clusters that are too small.
-    CreateExtendedClusterSize,
-    /// Extended L2 entries in version 2.
-    CreateExtendedVersion,
     /// `refcount_order` above 6.
     RefcountOrder,
     /// A known encryption method.
@@ -120,8 +117,8 @@ pub enum Reason {
     SizeAlignment,
     /// Shrinking would have to free clusters.
     Shrink,
-    /// A cluster size that cannot be created.
-    CreateClusterSize,
+    /// Options of a new image that cannot be, or do not go together.
+    Create(CreateReason),
     /// The backing name does not fit in the header.
     HeaderFull,
     /// A format does not have a backing reference.
@@ -183,9 +180,7 @@ impl Reason {
             | Self::PreallocationShrink
             | Self::SizeAlignment
             | Self::Option(_)
-            | Self::CreateClusterSize
-            | Self::CreateExtendedClusterSize
-            | Self::CreateExtendedVersion
+            | Self::Create(_)
             | Self::HeaderFull
             | Self::RawRange { .. }
             | Self::NotQcow2 => ErrorKind::InvalidArgument,
@@ -235,13 +230,6 @@ impl Reason {
                 "qcow2: Compression type incompatible feature bit must be set"
             }
             Self::CompressionUnsupported => "Unsupported qcow2 feature(s): zstd compression",
-            Self::CreateExtendedClusterSize => {
-                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
-            }
-            Self::CreateExtendedVersion => {
-                "Extended L2 entries are only supported with compatibility level 1.1 and above \
-                 (use version=v3 or greater)"
-            }
             Self::RefcountOrder => "Reference count entry width too large; may not exceed 64 bits",
             Self::NoRefcountTable => "Image does not contain a reference count table",
             Self::SizeTooBig => "Image is too big",
@@ -260,7 +248,6 @@ impl Reason {
             Self::L1Grow => "Failed to grow the L1 table: File too large",
             Self::PreallocationShrink => "Preallocation can only be used for growing images",
             Self::SizeAlignment => "The new size must be a multiple of 512",
-            Self::CreateClusterSize => "Cluster size must be a power of two between 512 and 2048k",
             Self::HeaderFull => "Header extensions and backing file name do not fit in a cluster",
             Self::RawFixed => "Cannot resize fixed-size raw disks",
             _ => return None,
@@ -270,6 +257,7 @@ impl Reason {
     fn fmt_with_values(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Option(fault) => fmt::Display::fmt(fault, f),
+            Self::Create(reason) => write!(f, "{reason}"),
             Self::Version(version) => write!(f, "Unsupported qcow2 version {version}"),
             Self::ClusterBits(bits) => write!(f, "Unsupported cluster size: 2^{bits}"),
             Self::SubclusterSize(bytes) => write!(f, "Unsupported subcluster size: {bytes}"),

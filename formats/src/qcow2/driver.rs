@@ -4,10 +4,11 @@ use std::rc::Rc;
 
 use liveblk_engine::Result;
 use liveblk_engine::executor::Core;
-use liveblk_engine::format::{CreateImage, Driver, Format, InfoValue, LocalFuture, OpenImage};
+use liveblk_engine::format::{CreateImage, Driver, Format, LocalFuture, OpenImage};
 use liveblk_engine::storage::Storage;
 
-use super::create::{CreateOptions, create};
+use super::create::create_with_data;
+use super::create_options::CreateOptions;
 use super::image::Qcow2;
 use super::layout::MAGIC;
 use super::open;
@@ -55,15 +56,9 @@ impl Driver for Qcow2Driver {
         image: CreateImage,
     ) -> LocalFuture<'static, Result<()>> {
         Box::pin(async move {
-            let mut options = CreateOptions::new(image.size);
-            options.backing = image.backing;
-            if let Some(bytes) = image.cluster_size {
-                options.cluster_size = bytes;
-            }
-            if let Some(InfoValue::Flag(extended)) = image.options.get("extended-l2") {
-                options.extended_l2 = *extended;
-            }
-            create(&core, &storage, options).await
+            let options = CreateOptions::parse(&image);
+            let options = options.map_err(|reason| reason.error("create").on(storage.name()))?;
+            create_with_data(&core, &storage, image.data.as_ref(), options).await
         })
     }
 }

@@ -14,6 +14,8 @@ const END: u32 = 0;
 pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Names of feature bits.
 pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
+/// The external data file's name.
+pub(super) const DATA_FILE: u32 = 0x4441_5441;
 /// Persistent bitmaps.
 pub(super) const BITMAPS: u32 = 0x2385_2875;
 

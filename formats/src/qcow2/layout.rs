@@ -89,6 +89,8 @@ pub(super) const INCOMPATIBLE_KNOWN: u64 = 0x1f;
 pub(super) const COMPATIBLE_LAZY: u64 = 1;
 /// Autoclear bit 0: the bitmaps extension is consistent.
 pub(super) const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear bit 1: the external data file is a raw image of the disk.
+pub(super) const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
 /// Bit 63 of L1 and L2 entries: the refcount is exactly one.
 pub(super) const COPIED: u64 = 1 << 63;

@@ -19,6 +19,7 @@ mod check;
 mod check_walk;
 mod counts;
 mod create;
+mod create_options;
 mod driver;
 mod entry;
 mod extensions;
@@ -44,6 +45,7 @@ mod zero;
 mod tests;
 
 pub use check::{CheckReport, check};
-pub use create::{CreateOptions, create};
+pub use create::{create, create_with_data};
+pub use create_options::{CompressionType, CreateOptions, Preallocation};
 pub use driver::Qcow2Driver;
 pub use options::{OptionFault, Options};

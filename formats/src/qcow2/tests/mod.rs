@@ -1,5 +1,6 @@
 //! Tests of whole images: a small mover of data, then models, peers, damage and failures on it.
 
+mod created;
 mod cuts;
 mod damage;
 mod failures;
