@@ -261,10 +261,12 @@ impl New<'_> {
         for index in 0..plan.tables {
             self.put(plan.table(index) << bits, &plan.table_content(index)).await?;
         }
-        if self.storage.size() < plan.end() << bits {
-            self.storage.truncate(plan.end() << bits).await?;
+        let mut end = plan.end() << bits;
+        if plan.interleaved() && len > 0 {
+            // As the peer: what lies behind the disk's last subcluster is not there yet.
+            end -= len - (self.size.next_multiple_of(plan.geometry.subcluster()));
         }
-        Ok(())
+        if self.storage.size() < end { self.storage.truncate(end).await } else { Ok(()) }
     }
 
     /// Writes zeroes, as data.
