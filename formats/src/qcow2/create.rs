@@ -9,10 +9,11 @@
 use liveblk_engine::Result;
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
+use liveblk_engine::format::Preallocation;
 use liveblk_engine::storage::Storage;
 
 use super::counts;
-use super::create_options::{CompressionType, CreateOptions, Preallocation};
+use super::create_options::{CompressionType, CreateOptions};
 use super::extensions::{DATA_FILE, Extension, Extensions, feature_name_table};
 use super::header::Header;
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V2, HEADER_V3_FULL, SECTOR};
@@ -302,7 +303,6 @@ fn first_cluster(plan: &Plan, options: &CreateOptions) -> Result<Vec<u8>, Reason
     let geometry = plan.geometry;
     let v3 = geometry.version == 3;
     let mut extensions = Extensions::default();
-    let room = geometry.cluster() as usize;
     if let Some(name) = &options.data_file {
         extensions.list.push(Extension { kind: DATA_FILE, data: name.as_bytes().to_vec() });
     }
@@ -334,6 +334,12 @@ fn first_cluster(plan: &Plan, options: &CreateOptions) -> Result<Vec<u8>, Reason
         further: if v3 { vec![packing, 0, 0, 0, 0, 0, 0, 0] } else { Vec::new() },
         extensions,
     };
+    encode(&mut header)
+}
+
+/// The header with the backing name behind it, as a whole cluster.
+fn encode(header: &mut Header) -> Result<Vec<u8>, Reason> {
+    let room = header.geometry.cluster() as usize;
     let name = header.backing.clone().unwrap_or_default();
     if name.len() > BACKING_NAME_MAX as usize {
         return Err(Reason::BackingName);

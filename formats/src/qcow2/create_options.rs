@@ -2,7 +2,7 @@
 //!
 //! Does no I/O. The texts and the order of the checks are those of the peer's `blockdev-create`.
 
-use liveblk_engine::format::{BackingRef, CreateImage, FormatOptions, InfoValue};
+use liveblk_engine::format::{BackingRef, CreateImage, FormatOptions, InfoValue, Preallocation};
 
 use super::layout::{
     AUTOCLEAR_DATA_FILE_RAW, CLUSTER_BITS, COMPATIBLE_LAZY, ENTRY_BYTES, Geometry,
@@ -23,20 +23,6 @@ pub enum CompressionType {
     Zlib,
     /// Zstandard; needs version 3.
     Zstd,
-}
-
-/// What of a new image is allocated from the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Nothing.
-    #[default]
-    Off,
-    /// The mapping: all tables, with clusters that take no space yet.
-    Metadata,
-    /// The mapping, and space reserved for the clusters.
-    Falloc,
-    /// The mapping, and zeroes written to the clusters.
-    Full,
 }
 
 /// What a new image is like.

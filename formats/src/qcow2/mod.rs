@@ -46,6 +46,6 @@ mod tests;
 
 pub use check::{CheckReport, check};
 pub use create::{create, create_with_data};
-pub use create_options::{CompressionType, CreateOptions, Preallocation};
+pub use create_options::{CompressionType, CreateOptions};
 pub use driver::Qcow2Driver;
 pub use options::{OptionFault, Options};

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::process::Command;
 
 use liveblk_engine::ErrorKind;
-use liveblk_engine::format::{BackingRef, CreateImage, InfoValue};
+use liveblk_engine::format::{BackingRef, CreateImage, InfoValue, Preallocation};
 use liveblk_engine::storage::Storage;
 
 use super::mover::{calm, file};
-use crate::qcow2::{CompressionType, CreateOptions, Preallocation, create_with_data};
+use crate::qcow2::{CompressionType, CreateOptions, create_with_data};
 
 /// Runs a tool of the peer in `folder`; its output, or a panic with it.
 fn run(folder: &Path, program: &str, arguments: &[&str]) -> String {
