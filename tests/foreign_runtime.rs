@@ -12,7 +12,12 @@ async fn roundtrip(handle: Handle, path: PathBuf, byte: u8) -> Vec<u8> {
         host.create(&path, "qcow2", 1 << 20).await?;
         let node = host.open(host.image(&path, "qcow2")).await?;
         let disk = host.attach(&node)?;
-        disk.write(512, host.buffer(&[byte; 512]), WriteFlags { fua: true }).await?;
+        disk.write(
+            512,
+            host.buffer(&[byte; 512]),
+            WriteFlags { fua: true, ..WriteFlags::default() },
+        )
+        .await?;
         let back = host.space(512);
         disk.read(512, back.clone()).await?;
         Ok::<_, HostError>(back.to_vec())

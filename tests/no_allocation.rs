@@ -58,7 +58,13 @@ async fn round(host: &Host, disk: &Disk, receipts: &mut Vec<liveblk::engine::nod
     disk.write(65536 - 512, large.clone(), WriteFlags::default()).await.unwrap();
     disk.read(65536 - 512, large).await.unwrap();
     let crossing = host.core().pool().alloc(16384);
-    disk.write(3 * 65536 - 8192, crossing.clone(), WriteFlags { fua: false }).await.unwrap();
+    disk.write(
+        3 * 65536 - 8192,
+        crossing.clone(),
+        WriteFlags { fua: false, ..WriteFlags::default() },
+    )
+    .await
+    .unwrap();
     disk.read(3 * 65536 - 8192, crossing).await.unwrap();
 }
 

@@ -52,8 +52,9 @@ pub struct MissId(pub u64);
 pub enum Mapping {
     /// Data at this offset of the layer's data storage.
     Data(HostOffset),
-    /// A compressed cluster; `Format::read_compressed` yields its bytes.
-    Compressed,
+    /// A compressed cluster, or a part of one; `Format::read_compressed` yields all its bytes.
+    /// Every cluster is an extent of its own.
+    Compressed(PackedCluster),
     /// Reads as zeroes, here and in no layer below.
     Zero,
     /// Reads as zeroes, and this range of the data storage is kept for it.
@@ -64,6 +65,18 @@ pub enum Mapping {
     Miss(MissId),
     /// The metadata is damaged here; reading gives this error, the rest of the image goes on.
     Damaged(crate::Error),
+}
+
+/// Where the bytes of a compressed cluster lie, as a resolve or a step saw it: valid under the lease
+/// that came with it, whatever the mapping says later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedCluster {
+    /// Start of the cluster in the guest's address space.
+    pub at: GuestOffset,
+    /// The first packed byte in the layer's data storage.
+    pub host: HostOffset,
+    /// Packed bytes, with what fills the last sector.
+    pub len: u64,
 }
 
 /// A run of guest bytes with one mapping.
@@ -91,8 +104,8 @@ pub enum Fill {
     /// What those bytes read as now, through this layer and those below: some are of this layer,
     /// some are not.
     Current,
-    /// The old bytes of this (compressed) cluster, by `Format::read_compressed`.
-    OldCompressed,
+    /// The old bytes of this compressed cluster, by `Format::read_compressed`.
+    OldCompressed(PackedCluster),
 }
 
 /// A write that may go ahead now.
@@ -245,9 +258,10 @@ pub trait Format {
     /// ahead of the data), so that a block status is to ask the storage as well.
     fn has_holes(&self) -> LocalFuture<'_, Result<bool>>;
 
-    /// Reads the decompressed bytes of the cluster at `at` (its start) into a new buffer of
-    /// `cluster_size` bytes.
-    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>>;
+    /// Reads and decompresses `packed` into a buffer of `cluster_size` bytes, which others may be
+    /// looking at too: the caller does not change it. Starts at once, so that several run in
+    /// parallel; the caller holds the lease that `packed` came with until the future ends.
+    fn read_compressed(&self, packed: PackedCluster) -> LocalFuture<'static, Result<Buf>>;
 
     /// Begins to write `range`; the answer covers a prefix.
     fn begin_write(&self, range: GuestRange) -> Result<WriteStep>;
@@ -302,12 +316,14 @@ pub struct Abilities {
 /// of the disk: what is left of it). The format moves no data: it packs in memory and says where
 /// the packed bytes go.
 pub trait CompressedWrites {
-    /// Packs the bytes of one cluster away from the core's loop. `None`: they do not get smaller,
-    /// write them as they are.
+    /// Packs the bytes of one cluster (at the end of the disk: what is left of it) away from the
+    /// core's loop. Starts at once, so that several run in parallel; `data` does not change until
+    /// the future ends. `None`: they do not get smaller, write them as they are.
     fn pack(&self, data: Buf) -> LocalFuture<'static, Result<Option<Buf>>>;
 
-    /// Begins to write `len` packed bytes for the cluster at `at`. A ready piece has `len` = the
-    /// packed bytes, no head and no tail; its host offset need not be aligned.
+    /// Begins to write `len` packed bytes (as [`CompressedWrites::pack`] gave them) for the cluster
+    /// at `at`. A ready piece has `len` = the packed bytes, no head and no tail; its host offset is
+    /// a multiple of the sector size only.
     fn begin_packed(&self, at: GuestOffset, len: u64) -> Result<WriteStep>;
 }
 

@@ -47,3 +47,12 @@ pub const REQUEST_MAX: u64 = 32 << 20;
 
 /// References to backing files that a graph remembers as its own.
 pub const KNOWN_REFERENCES: usize = 4096;
+
+/// Compressed clusters of one read that are unpacked at a time.
+pub const UNPACK_WINDOW: usize = 8;
+
+/// Clusters of one compressed write that are packed at a time.
+pub const PACK_WINDOW: usize = 8;
+
+/// Pieces of one compressed write that are in flight together.
+pub const PACKED_FLYING: usize = 64;

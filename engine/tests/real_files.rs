@@ -39,7 +39,7 @@ fn written_bytes_come_back_and_reach_the_file() {
             let disk = Disk::attach(&node, guest(), true).unwrap();
             let buf = core.pool().alloc(300_000);
             buf.fill(7);
-            disk.write(1234, buf, WriteFlags { fua: true }).await.unwrap();
+            disk.write(1234, buf, WriteFlags { fua: true, ..WriteFlags::default() }).await.unwrap();
             disk.write_zeroes(5000, 5000, ZeroFlags::default()).await.unwrap();
             disk.flush().await.unwrap();
             let back = core.pool().alloc(400_000);

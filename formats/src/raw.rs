@@ -6,12 +6,12 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use liveblk_engine::address::{GuestOffset, GuestRange, HostOffset};
+use liveblk_engine::address::{GuestRange, HostOffset};
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
     Abilities, BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo,
-    LocalFuture, Mapping, MissId, OpenImage, Preallocation, Resize, WriteGuard, WritePiece,
+    LocalFuture, Mapping, MissId, OpenImage, PackedCluster, Preallocation, Resize, WriteGuard, WritePiece,
     WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::Lease;
@@ -116,8 +116,9 @@ impl Format for Raw {
         Box::pin(async { Ok(true) })
     }
 
-    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>> {
-        let error = Error::new(ErrorKind::Unsupported, "read a compressed cluster").at(at.bytes());
+    fn read_compressed(&self, packed: PackedCluster) -> LocalFuture<'static, Result<Buf>> {
+        let error =
+            Error::new(ErrorKind::Unsupported, "read a compressed cluster").at(packed.at.bytes());
         Box::pin(async { Err(error) })
     }
 

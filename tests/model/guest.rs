@@ -108,7 +108,7 @@ async fn write(world: &World, state: &DiskState, range: Range, rng: &mut Rng) {
     let value = world.clock.value();
     let buf = memory(world, range.len(), rng);
     pattern::fill(&buf, value, range.first);
-    let flags = WriteFlags { fua: rng.chance(100) };
+    let flags = WriteFlags { fua: rng.chance(100), ..WriteFlags::default() };
     let began = world.clock.tick();
     let id = state.ledger.begin(value, range.start(), range.blocks());
     let answer = state.disk.write(range.offset(), buf, flags).await;

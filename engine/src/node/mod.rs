@@ -18,6 +18,7 @@ mod gate;
 mod hooks;
 mod map;
 mod object;
+mod packed;
 mod path;
 mod plain;
 mod request;

@@ -130,6 +130,11 @@ impl Node {
         self.format.cluster_size()
     }
 
+    /// Whether writes can be stored compressed.
+    pub fn can_compress(&self) -> bool {
+        self.format.abilities().compress.is_some()
+    }
+
     /// Facts for queries.
     pub fn info(&self) -> ImageInfo {
         self.format.info()

@@ -4,12 +4,12 @@
 
 use std::cell::Cell;
 
-use crate::address::{GuestOffset, GuestRange, HostOffset};
+use crate::address::{GuestRange, HostOffset};
 use crate::buf::Buf;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Abilities, BackingRef, Extent, Extents, Format, ImageInfo, LocalFuture, Mapping, MissId,
-    Resize, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+    PackedCluster, Resize, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use crate::lease::Lease;
 use crate::storage::Storage;
@@ -68,7 +68,7 @@ impl Format for Plain {
         Box::pin(async { Ok(true) })
     }
 
-    fn read_compressed(&self, _: GuestOffset) -> LocalFuture<'_, Result<Buf>> {
+    fn read_compressed(&self, _: PackedCluster) -> LocalFuture<'static, Result<Buf>> {
         Box::pin(async { Err(Error::new(ErrorKind::Unsupported, "read compressed")) })
     }
 

@@ -7,6 +7,7 @@ use super::attachment::Attachment;
 use super::gate::Pass;
 use super::map::{self, MapExtent};
 use super::object::Node;
+use super::packed;
 use super::status::{self, StatusExtent};
 use super::transfer;
 use crate::address::GuestRange;
@@ -33,6 +34,9 @@ pub enum Origin {
 pub struct WriteFlags {
     /// Data and mapping are durable when the request is answered.
     pub fua: bool,
+    /// Store whole clusters compressed; what covers a cluster only in part, and what does not get
+    /// smaller, is stored as it is. `Unsupported` where [`Node::can_compress`] says no.
+    pub compressed: bool,
 }
 
 /// How zeroes are written.
@@ -140,7 +144,11 @@ pub(super) fn start_write(
         let claim =
             (!crate::planted::has(node.core(), crate::planted::Planted::ClaimReleasedEarly))
                 .then_some(claim);
-        let result = transfer::write(&path, pool, range, &buf, data_fua).await;
+        let result = if flags.compressed {
+            packed::write(&path, pool, range, &buf).await
+        } else {
+            transfer::write(&path, pool, range, &buf, data_fua).await
+        };
         for (_, hook) in hooks.iter() {
             hook.after_write(range);
         }

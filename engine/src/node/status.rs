@@ -94,7 +94,7 @@ async fn look(path: &Path, range: GuestRange, layer: usize) -> Result<Vec<Todo>>
                     found.push(Todo::Known { len: run.len, kind, layer });
                 }
             }
-            Mapping::Data(_) | Mapping::Compressed | Mapping::Damaged(_) => {
+            Mapping::Data(_) | Mapping::Compressed(_) | Mapping::Damaged(_) => {
                 found.push(known(StatusKind::Data));
             }
             Mapping::Zero | Mapping::ZeroAllocated(_) => found.push(known(StatusKind::Zero)),

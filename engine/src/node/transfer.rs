@@ -1,8 +1,8 @@
 //! The one place that moves guest data between buffers and layers.
 //!
 //! Reads: (1) resolve from the top layer down, whole extents at a time; (2) start every storage
-//! read
-//! as soon as it is known; (3) await all of them; leases live until then.
+//! read, and the unpacking of compressed clusters, as soon as it is known; (3) await all of them;
+//! leases live until then.
 //!
 //! Writes (under the node's claim): (1) begin a piece; (2) read what its allocation needs from the
 //! layers below; (3) start the data write; (4) when it ended, complete the guard (the mapping
@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use smallvec::SmallVec;
 
+use super::packed::Unpacks;
 use super::path::Path;
 use crate::address::GuestRange;
 use crate::buf::{Buf, Pool};
@@ -34,36 +35,37 @@ struct Todo {
     layer: usize,
 }
 
+/// What a read has started and still has to look at.
+#[derive(Default)]
+struct Reads {
+    todo: SmallVec<[Todo; 8]>,
+    started: SmallVec<[IoFuture; 8]>,
+    unpacks: Unpacks,
+    leases: SmallVec<[Lease; 4]>,
+}
+
 /// Reads `range` as seen from layer `from` of the path into `buf` (of the same length).
 pub(crate) async fn read(path: &Path, from: usize, range: GuestRange, buf: &Buf) -> Result<()> {
-    let mut todo: SmallVec<[Todo; 8]> = SmallVec::new();
-    let mut started: SmallVec<[IoFuture; 8]> = SmallVec::new();
-    let mut leases: SmallVec<[Lease; 4]> = SmallVec::new();
+    let mut reads = Reads::default();
     let mut result = Ok(());
-    todo.push(Todo { range, at: 0, layer: from });
-    while let Some(part) = todo.pop() {
-        if let Err(error) = read_part(path, part, buf, &mut todo, &mut started, &mut leases).await {
+    reads.todo.push(Todo { range, at: 0, layer: from });
+    while let Some(part) = reads.todo.pop() {
+        if let Err(error) = read_part(path, part, buf, &mut reads).await {
             result = Err(error);
             break;
         }
     }
-    for io in started {
+    for io in reads.started {
         let ended = io.await;
         result = result.and(ended);
     }
-    drop(leases);
-    result
+    let unpacked = reads.unpacks.end().await;
+    drop(reads.leases);
+    result.and(unpacked)
 }
 
 /// Resolves one part in its layer: starts reads, fills zeroes, hands the rest down.
-async fn read_part(
-    path: &Path,
-    part: Todo,
-    buf: &Buf,
-    todo: &mut SmallVec<[Todo; 8]>,
-    started: &mut SmallVec<[IoFuture; 8]>,
-    leases: &mut SmallVec<[Lease; 4]>,
-) -> Result<()> {
+async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Result<()> {
     let target = |at: usize, len: u64| buf.slice(at..at + length(len));
     let Some(layer) = path.layers().get(part.layer) else {
         target(part.at, part.range.len).fill(0);
@@ -80,7 +82,7 @@ async fn read_part(
     }
     let mut extents = Extents::new();
     if let Some(lease) = format.resolve(inside, &mut extents) {
-        leases.push(lease);
+        reads.leases.push(lease);
     }
     let mut rest = Todo { range: inside, ..part };
     for extent in &extents {
@@ -88,21 +90,22 @@ async fn read_part(
         match &extent.mapping {
             Mapping::Data(host) => {
                 let io = format.data_storage().read(host.bytes(), target(rest.at, len));
-                started.push(io);
+                reads.started.push(io);
             }
             Mapping::Zero | Mapping::ZeroAllocated(_) => target(rest.at, len).fill(0),
-            Mapping::Absent => todo.push(Todo {
+            Mapping::Absent => reads.todo.push(Todo {
                 range: GuestRange { len, ..rest.range },
                 at: rest.at,
                 layer: rest.layer + 1,
             }),
-            Mapping::Compressed => {
-                read_compressed(path, rest, len, buf).await?;
+            Mapping::Compressed(packed) => {
+                let to = target(rest.at, len);
+                reads.unpacks.start(format, *packed, rest.range.start, to).await?;
             }
             Mapping::Damaged(error) => return Err(error.clone()),
             Mapping::Miss(miss) => {
                 format.load(*miss).await?;
-                todo.push(rest);
+                reads.todo.push(rest);
                 return Ok(());
             }
         }
@@ -118,33 +121,16 @@ fn advance(part: Todo, len: u64) -> Todo {
     Todo { range, at: part.at + length(len), layer: part.layer }
 }
 
-async fn read_compressed(path: &Path, part: Todo, len: u64, buf: &Buf) -> Result<()> {
-    let format = &path.layers()[part.layer].format;
-    let cluster = format.cluster_size();
-    let mut done = 0;
-    while done < len {
-        let position = part.range.start.plus(done);
-        let within = position.within(cluster);
-        let count = (cluster - within).min(len - done);
-        let bytes = format.read_compressed(position.align_down(cluster)).await?;
-        let at = part.at + length(done);
-        buf.slice(at..at + length(count))
-            .copy_from_buf(&bytes.slice(length(within)..length(within + count)));
-        done += count;
-    }
-    Ok(())
-}
-
 /// A piece of a write whose data is on its way.
-struct Flying {
-    io: IoFuture,
-    guard: WriteGuard,
+pub(super) struct Flying {
+    pub(super) io: IoFuture,
+    pub(super) guard: WriteGuard,
 }
 
-type InFlight = SmallVec<[Flying; 4]>;
+pub(super) type InFlight = SmallVec<[Flying; 4]>;
 
 /// Waits for the pieces and publishes those that landed; the first error wins.
-async fn land(flying: &mut InFlight) -> Result<()> {
+pub(super) async fn land(flying: &mut InFlight) -> Result<()> {
     let mut result = Ok(());
     for piece in flying.drain(..) {
         match piece.io.await {
@@ -172,7 +158,7 @@ pub(crate) async fn write(
     result.and(landed)
 }
 
-async fn write_pieces(
+pub(super) async fn write_pieces(
     path: &Rc<Path>,
     pool: &Pool,
     range: GuestRange,
@@ -240,8 +226,8 @@ async fn with_fill(
             let first = first.await;
             last.await.and(first)?;
         }
-        Fill::OldCompressed => {
-            let old = path.top().format.read_compressed(before.start).await?;
+        Fill::OldCompressed(packed) => {
+            let old = path.top().format.read_compressed(packed).await?;
             head.copy_from_buf(&old.slice(0..head.len()));
             let from = old.len() - tail.len();
             tail.copy_from_buf(&old.slice(from..old.len()));
@@ -322,6 +308,6 @@ async fn write_explicit(path: &Rc<Path>, pool: &Pool, range: GuestRange) -> Resu
     Ok(())
 }
 
-fn length(len: u64) -> usize {
+pub(super) fn length(len: u64) -> usize {
     usize::try_from(len).expect("invariant: requests are bounded by REQUEST_MAX")
 }

@@ -240,7 +240,9 @@ async fn change(session: &Session, request: &Request, payload: Buf) -> Result<()
             }
             Ok(())
         }
-        Command::Write => disk.write(offset, payload, WriteFlags { fua }).await,
+        Command::Write => {
+            disk.write(offset, payload, WriteFlags { fua, ..WriteFlags::default() }).await
+        }
         Command::Trim => disk.discard(offset, length, fua).await,
         Command::WriteZeroes => {
             let flags = ZeroFlags {

@@ -133,7 +133,11 @@ impl Log {
         } else {
             let buf = core.pool().alloc((sectors * SECTOR) as usize);
             buf.copy_from(0, &stamp(sequence).repeat(sectors as usize));
-            disk.write(at * SECTOR, buf, WriteFlags { fua: core.random().is_multiple_of(16) })
+            disk.write(
+                at * SECTOR,
+                buf,
+                WriteFlags { fua: core.random().is_multiple_of(16), ..WriteFlags::default() },
+            )
         };
         if receipt.await.is_err() {
             self.failures.set(self.failures.get() + 1);
