@@ -105,6 +105,8 @@ pub enum Reason {
     PreallocationMode(&'static str),
     /// A compressed cluster was to be read or written.
     CompressedCluster(u64),
+    /// A compressed cluster cannot be unpacked (offset of the guest, of the host).
+    CannotUnpack(u64, u64, Unpackable),
     /// An entry of a table that cannot be (table, offset of the guest or index).
     BadEntry(&'static str, u64, u64),
     /// A guest write would have hit metadata (host offset).
@@ -152,6 +154,27 @@ pub enum Reason {
     },
 }
 
+/// Why the bytes of a compressed cluster do not unpack to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unpackable {
+    /// The stream breaks its own rules.
+    Damaged,
+    /// The stream ends before the cluster is full.
+    Short,
+    /// The stream holds more than a cluster where that cannot be cut off.
+    Long,
+}
+
+impl fmt::Display for Unpackable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Damaged => "the compressed bytes are damaged",
+            Self::Short => "the compressed bytes end before the cluster is full",
+            Self::Long => "the compressed bytes hold more than a cluster",
+        })
+    }
+}
+
 impl Reason {
     /// The class of error this reason stands for.
     pub fn kind(&self) -> ErrorKind {
@@ -171,7 +194,9 @@ impl Reason {
             | Self::PreallocationMode(_)
             | Self::NoBackingSupport(_)
             | Self::RawFixed => ErrorKind::Unsupported,
-            Self::CompressedCluster(_) | Self::DataBeyondEnd(..) => ErrorKind::Io(5),
+            Self::CompressedCluster(_) | Self::CannotUnpack(..) | Self::DataBeyondEnd(..) => {
+                ErrorKind::Io(5)
+            }
             Self::SnapshotNotFound => ErrorKind::NotFound,
             Self::ActiveBitmaps => ErrorKind::Busy,
             Self::SnapshotsMany | Self::L1Grow => ErrorKind::Io(27),
@@ -299,6 +324,11 @@ impl Reason {
             Self::CompressedCluster(offset) => {
                 write!(f, "Compressed cluster at guest offset {offset:#x} is not supported")
             }
+            Self::CannotUnpack(guest, host, why) => write!(
+                f,
+                "The compressed cluster at guest offset {guest:#x} (host offset {host:#x}) cannot \
+                 be read: {why}"
+            ),
             Self::BadEntry(table, at, entry) => {
                 write!(f, "qcow2: Image is corrupt: {table} entry {entry:#x} at {at:#x}")
             }

@@ -113,7 +113,7 @@ fn known(extent: &Extent, here: GuestRange, depth: u32) -> Result<Option<MapExte
     let at = |host: &HostOffset| Some(host.bytes());
     Ok(Some(match &extent.mapping {
         Mapping::Data(host) => MapExtent { data: true, host: at(host), ..run },
-        Mapping::Compressed => MapExtent { data: true, compressed: true, ..run },
+        Mapping::Compressed(_) => MapExtent { data: true, compressed: true, ..run },
         Mapping::Zero => MapExtent { zero: true, ..run },
         Mapping::ZeroAllocated(host) => MapExtent { zero: true, host: at(host), ..run },
         Mapping::Damaged(error) => return Err(error.clone()),

@@ -7,13 +7,13 @@ use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 
-use liveblk_engine::address::{GuestOffset, GuestRange};
+use liveblk_engine::address::GuestRange;
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::sync::{Mutex, Notify};
 use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::format::{
-    Abilities, BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId, Resize,
-    WriteStep, ZeroMode, ZeroStep,
+    Abilities, BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId,
+    PackedCluster, Resize, WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::{Epochs, Lease};
 use liveblk_engine::storage::Storage;
@@ -182,8 +182,8 @@ impl Format for Qcow2 {
         Box::pin(async move { image.is_mapped_ahead().await })
     }
 
-    fn read_compressed(&self, at: GuestOffset) -> LocalFuture<'_, Result<Buf>> {
-        let error = self.0.error(Reason::CompressedCluster(at.bytes()), "read");
+    fn read_compressed(&self, packed: PackedCluster) -> LocalFuture<'static, Result<Buf>> {
+        let error = self.0.error(Reason::CompressedCluster(packed.at.bytes()), "read");
         Box::pin(async move { Err(error) })
     }
 

@@ -17,6 +17,7 @@ mod alloc;
 mod cache;
 mod check;
 mod check_walk;
+mod codec;
 mod counts;
 mod create;
 mod create_options;

@@ -103,7 +103,7 @@ impl Disk {
                             let tail = self.read(after, piece.tail).await?;
                             (Buf::from_vec(head), Buf::from_vec(tail))
                         }
-                        Fill::OldCompressed => unreachable!("not made by this version"),
+                        Fill::OldCompressed(_) => unreachable!("not made by this version"),
                     };
                     let mut whole = head;
                     let part = &bytes[done as usize..(done + piece.len) as usize];
@@ -170,7 +170,7 @@ impl Disk {
                         out.extend((position..position + extent.len).map(self.below));
                     }
                     Mapping::Damaged(error) => return Err(error.clone()),
-                    Mapping::Compressed => unreachable!("not made by this version"),
+                    Mapping::Compressed(_) => unreachable!("not made by this version"),
                     Mapping::Miss(miss) => {
                         self.format.load(*miss).await?;
                         break;
