@@ -11,8 +11,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
     Abilities, BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo,
-    LocalFuture, Mapping, MissId, OpenImage, PackedCluster, Preallocation, Resize, WriteGuard, WritePiece,
-    WriteStep, ZeroMode, ZeroStep,
+    LocalFuture, Mapping, MissId, OpenImage, PackedCluster, Preallocation, Resize, WriteGuard,
+    WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::Lease;
 use liveblk_engine::storage::Storage;
