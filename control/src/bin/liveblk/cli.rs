@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::img::ImgOptions;
+
 /// Live block operations on virtual disks.
 #[derive(Debug, Parser)]
 #[command(name = "liveblk", version, about, propagate_version = true)]
@@ -18,6 +20,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Verb {
     /// Show the main job: a guest writes while its disks are snapshotted, mirrored and backed up
     Demo(DemoOptions),
+    /// Image files offline: create, info, check, compare, convert, map, resize, snapshot, bitmap
+    Img(ImgOptions),
 }
 
 /// Options of `liveblk demo`.

@@ -1,0 +1,61 @@
+//! Reads of images in pieces: a unit that is large enough to be fast and small enough to be many.
+
+use std::rc::Rc;
+
+use liveblk::engine::buf::Buf;
+use liveblk::engine::node::{Origin, Receipt};
+use liveblk::{Host, Node};
+
+use super::failure::Failure;
+
+/// Bytes of one read.
+pub(crate) const UNIT: u64 = 1 << 20;
+
+/// A read that was started.
+pub(crate) struct Read {
+    at: u64,
+    bytes: Buf,
+    receipt: Option<Receipt>,
+}
+
+/// Starts to read `len` bytes of `node` at `at`; behind its end there are zeroes.
+pub(crate) fn read(host: &Host, node: &Rc<Node>, at: u64, len: u64) -> Read {
+    let inside = node.size().saturating_sub(at).min(len);
+    let (len, inside) = (length(len), length(inside));
+    let bytes = host.core().pool().alloc(len);
+    bytes.slice(inside..len).fill(0);
+    let part = bytes.slice(0..inside);
+    let receipt = (inside > 0).then(|| node.read(at, part, Origin::External));
+    Read { at, bytes, receipt }
+}
+
+impl Read {
+    /// The bytes.
+    ///
+    /// # Errors
+    /// Where reading failed and why.
+    pub(crate) async fn end(self) -> Result<Buf, Failure> {
+        if let Some(receipt) = self.receipt {
+            receipt.await.map_err(|error| {
+                Failure::new(format!("error while reading at byte {}: {error}", self.at))
+            })?;
+        }
+        Ok(self.bytes)
+    }
+}
+
+/// The pieces of a range, cut at multiples of `unit`: offset and length of each.
+pub(crate) fn split(start: u64, len: u64, unit: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = start + len;
+    let mut at = start;
+    std::iter::from_fn(move || {
+        let here = at;
+        let next = (here / unit + 1).saturating_mul(unit).min(end);
+        at = next;
+        (here < end).then_some((here, next - here))
+    })
+}
+
+fn length(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(0)
+}
