@@ -21,7 +21,7 @@ pub(crate) enum Verb {
     /// Show the main job: a guest writes while its disks are snapshotted, mirrored and backed up
     Demo(DemoOptions),
     /// Image files offline: create, info, check, compare, convert, map, resize, snapshot, bitmap
-    Img(ImgOptions),
+    Img(Box<ImgOptions>),
 }
 
 /// Options of `liveblk demo`.

@@ -20,7 +20,7 @@ fn main() -> ExitCode {
         Err(error) => return explain(&error),
     };
     let result = match arguments.verb {
-        cli::Verb::Img(options) => return img::run(options),
+        cli::Verb::Img(options) => return img::run(*options),
         cli::Verb::Demo(options) => demo::run(&options),
     };
     match result {

@@ -78,10 +78,9 @@ async fn compare(host: &Host, options: &CompareOptions) -> Answer {
     let direct = cache::is_direct(options.cache.as_deref(), "source cache")?;
     let wanted = Wanted { shared: options.force_share, direct, ..Wanted::default() };
     let mut images = Vec::new();
-    for (file, format) in [
-        (&options.filename1, &options.a_format),
-        (&options.filename2, &options.b_format),
-    ] {
+    for (file, format) in
+        [(&options.filename1, &options.a_format), (&options.filename2, &options.b_format)]
+    {
         let wanted = Wanted { format: format.as_deref(), ..wanted };
         images.push(source::open(host, file, wanted).await?);
     }

@@ -124,8 +124,10 @@ pub(crate) async fn run(host: &Host, options: ConvertOptions) -> Answer {
         )));
     }
     if options.backing.is_some() && sources.len() > 1 {
-        return Err(Failure::new("Having a backing file for the target makes no sense when \
-                                 concatenating multiple input images"));
+        return Err(Failure::new(
+            "Having a backing file for the target makes no sense when \
+                                 concatenating multiple input images",
+        ));
     }
     let plan = Plan { sources: open_sources(host, &options, sources).await?, sparse, direct };
     let copied = if options.no_create {
@@ -172,9 +174,9 @@ async fn fresh(
     plan: &Plan,
 ) -> Result<u64, Failure> {
     let design = design(host, options, target, plan).await.map_err(|f| f.during(target))?;
-    let new = NewFile::reserve(host, target).await.map_err(|failure| {
-        failure.during("error while converting")
-    })?;
+    let new = NewFile::reserve(host, target)
+        .await
+        .map_err(|failure| failure.during("error while converting"))?;
     let made = design.write(host, &new, target).await;
     let sides = made.map_err(|failure| failure.during("error while converting"))?;
     let mut spec = OpenNode::new(&design.format, new.path());

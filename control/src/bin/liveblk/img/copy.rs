@@ -94,8 +94,7 @@ impl Copy<'_> {
     /// # Errors
     /// The first failure, with its place.
     pub(crate) async fn run(&self) -> Result<u64, Failure> {
-        let mut flight =
-            Flight { reads: VecDeque::new(), writes: VecDeque::new(), written: 0 };
+        let mut flight = Flight { reads: VecDeque::new(), writes: VecDeque::new(), written: 0 };
         let copied = self.copy_all(&mut flight).await;
         // Whatever happened, nothing is left behind in flight.
         let mut result = copied;

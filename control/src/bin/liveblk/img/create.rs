@@ -79,14 +79,15 @@ pub(crate) async fn run(host: &Host, options: CreateOptions) -> Answer {
     new.finish(host).await?;
     side.keep_all();
     if options.output.is_json() {
-        let backing = design.backing.as_ref();
+        let shown = design.shown().into_iter();
+        let shown: serde_json::Map<String, serde_json::Value> =
+            shown.map(|(name, value)| (name.to_owned(), json!(value))).collect();
         let answer = json!({
             "filename": file,
             "format": design.format,
             "virtual-size": design.size,
-            "backing-filename": backing.map(|backing| &backing.file),
-            "options": design.shown().into_iter().map(|(name, value)| (name, json!(value)))
-                .collect::<serde_json::Map<_, _>>(),
+            "backing-filename": design.backing.as_ref().map(|backing| &backing.file),
+            "options": shown,
         });
         println!("{answer:#}");
     }
@@ -135,7 +136,8 @@ async fn design(
     let size = size.checked_next_multiple_of(512).filter(|size| *size <= SIZE_MAX);
     let Some(size) = size else {
         return Err(Failure::new(format!(
-            "The image size is too large for file format '{}'", options.format
+            "The image size is too large for file format '{}'",
+            options.format
         )));
     };
     Ok(Design { format: options.format.clone(), keys, size, backing })
@@ -218,7 +220,10 @@ pub(crate) async fn backing_size(
                     .to_owned()
             }
             Err(failure) => {
-                return Err(Failure::new(format!("{}\nCould not open backing image.", failure.text)));
+                return Err(Failure::new(format!(
+                    "{}\nCould not open backing image.",
+                    failure.text
+                )));
             }
         };
         let text = format!("Backing file specified without backing format (-F)\n{hint}");
@@ -285,8 +290,11 @@ impl Design {
 
     /// What the driver is asked for: the options under their QMP names.
     fn image(&self) -> Result<CreateImage, Failure> {
-        let mut image =
-            CreateImage { size: self.size, backing: self.backing.clone(), ..CreateImage::default() };
+        let mut image = CreateImage {
+            size: self.size,
+            backing: self.backing.clone(),
+            ..CreateImage::default()
+        };
         for (name, value) in self.keys.iter() {
             let typed = match value {
                 Value::Text(text) => InfoValue::Text(text.clone()),

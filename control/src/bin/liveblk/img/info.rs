@@ -132,8 +132,12 @@ impl Facts {
         put("format", json!(self.driver));
         put("actual-size", json!(self.file.allocated));
         if self.driver == "qcow2" {
-            let data: Map<String, Value> =
-                self.info.specific.iter().map(|(name, value)| (name.to_string(), plain(value))).collect();
+            let data: Map<String, Value> = self
+                .info
+                .specific
+                .iter()
+                .map(|(name, value)| (name.to_string(), plain(value)))
+                .collect();
             put("format-specific", json!({"type": self.driver, "data": data}));
         }
         if let (Some(backing), Some(full)) = (backing, &self.full_backing) {

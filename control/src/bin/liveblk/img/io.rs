@@ -110,13 +110,7 @@ impl Command<'_> {
         Ok(String::new())
     }
 
-    async fn write(
-        &self,
-        host: &Host,
-        node: &Rc<Node>,
-        at: u64,
-        len: u64,
-    ) -> Result<(), Failure> {
+    async fn write(&self, host: &Host, node: &Rc<Node>, at: u64, len: u64) -> Result<(), Failure> {
         if self.compressed {
             return Err(Failure::new("compressed writes are not supported yet"));
         }

@@ -146,11 +146,6 @@ impl Keys {
         self.0.get(name)
     }
 
-    /// Whether a switch is on.
-    pub(crate) fn is_on(&self, name: &str) -> bool {
-        self.get(name) == Some(&Value::Switch(true))
-    }
-
     /// All that are given.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&'static str, &Value)> {
         self.0.iter().map(|(name, value)| (*name, value))
@@ -208,20 +203,27 @@ mod tests {
 
     #[test]
     fn options_are_typed_and_commas_are_doubled() {
-        let keys = parse("cluster_size=64k,backing_file=a,,b,lazy_refcounts,size=1.5k").expect("ok");
+        let keys =
+            parse("cluster_size=64k,backing_file=a,,b,lazy_refcounts,size=1.5k").expect("ok");
         assert_eq!(keys.get("cluster_size"), Some(&Value::Number(65536)));
         assert_eq!(keys.get("backing_file"), Some(&Value::Text("a,b".into())));
         assert_eq!(keys.get("size"), Some(&Value::Number(1536)));
-        assert!(keys.is_on("lazy_refcounts"));
-        assert!(!parse("lazy_refcounts,nolazy_refcounts").expect("ok").is_on("lazy_refcounts"));
+        assert_eq!(keys.get("lazy_refcounts"), Some(&Value::Switch(true)));
+        let keys = parse("lazy_refcounts,nolazy_refcounts").expect("ok");
+        assert_eq!(keys.get("lazy_refcounts"), Some(&Value::Switch(false)));
         assert!(parse("").expect("ok").iter().next().is_none());
     }
 
     #[test]
     fn each_wrong_option_is_named() {
         let all = [
-            ("foo=1", "'foo'"), ("foo", "'foo'"), ("=1", "''"), ("lazy_refcounts=maybe", "'on' or"),
-            ("refcount_bits=x", "a number"), ("cluster_size=x", "below 2^64"), ("nofoo", "'nofoo'"),
+            ("foo=1", "'foo'"),
+            ("foo", "'foo'"),
+            ("=1", "''"),
+            ("lazy_refcounts=maybe", "'on' or"),
+            ("refcount_bits=x", "a number"),
+            ("cluster_size=x", "below 2^64"),
+            ("nofoo", "'nofoo'"),
         ];
         for (text, part) in all {
             let error = parse(text).expect_err(text).text;

@@ -44,8 +44,10 @@ impl NewFile {
         match std::fs::metadata(&target) {
             Ok(facts) if facts.is_file() => old = Some(lock(host, name, &target).await?),
             Ok(_) => {
-                return Err(failed(&"it exists and is not a regular file (with convert, -n writes \
-                                    into it)"));
+                return Err(failed(
+                    &"it exists and is not a regular file (with convert, -n writes \
+                                    into it)",
+                ));
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(&kind(&error))),
@@ -180,9 +182,8 @@ fn unfinished() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
 
 async fn lock(host: &Host, name: &str, target: &Path) -> Result<Rc<File>, Failure> {
     let options = FileOptions { path: target.into(), locking: true, ..FileOptions::default() };
-    let failed = |error: liveblk::Error| {
-        Failure::new(format!("{name}: Could not create '{name}': {error}"))
-    };
+    let failed =
+        |error: liveblk::Error| Failure::new(format!("{name}: Could not create '{name}': {error}"));
     let file = File::open(host.core(), options).await.map_err(failed)?;
     file.lock(LockRequest::Write).await.map_err(failed)?;
     Ok(file)

@@ -56,8 +56,7 @@ pub(crate) async fn run(host: &Host, options: ResizeOptions) -> Answer {
         }
         other => return Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
     }
-    let wanted =
-        Wanted { format: options.format.as_deref(), writable: true, ..Wanted::default() };
+    let wanted = Wanted { format: options.format.as_deref(), writable: true, ..Wanted::default() };
     let node = source::open(host, &options.filename, wanted).await?;
     let old = node.size();
     let new = match wish {
@@ -85,7 +84,8 @@ pub(crate) async fn run(host: &Host, options: ResizeOptions) -> Answer {
     let below = node.backing().map_or(0, |backing| backing.size());
     if new > old && below > old {
         // What the image below holds behind the old end must not come to light.
-        let zeroes = node.write_zeroes(old, below.min(new) - old, Default::default(), Origin::External);
+        let zeroes =
+            node.write_zeroes(old, below.min(new) - old, Default::default(), Origin::External);
         zeroes.await.map_err(failed)?;
     }
     node.flush(Origin::External).await.map_err(failed)?;

@@ -45,8 +45,7 @@ pub(crate) struct SnapshotOptions {
 
 /// Does it.
 pub(crate) async fn run(host: &Host, options: SnapshotOptions) -> Answer {
-    let changes =
-        options.create.is_some() || options.apply.is_some() || options.delete.is_some();
+    let changes = options.create.is_some() || options.apply.is_some() || options.delete.is_some();
     if changes && options.force_share {
         return Err(Failure::new("--force-share (-U) is for listing only"));
     }

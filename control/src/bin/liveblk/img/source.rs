@@ -28,11 +28,7 @@ pub(crate) struct Wanted<'a> {
 ///
 /// # Errors
 /// "Could not open 'file': " and why.
-pub(crate) async fn open(
-    host: &Host,
-    file: &str,
-    wanted: Wanted<'_>,
-) -> Result<Rc<Node>, Failure> {
+pub(crate) async fn open(host: &Host, file: &str, wanted: Wanted<'_>) -> Result<Rc<Node>, Failure> {
     let format = format_of(host, file, wanted.format).await?;
     let mut spec = OpenNode::new(&format, file);
     spec.writable = wanted.writable;
@@ -64,8 +60,7 @@ pub(crate) async fn format_of(
             Some(_) => Ok(said.to_owned()),
             None => {
                 let known: Vec<&str> = formats.names().collect();
-                let cause =
-                    format!("Unknown driver '{said}' (there are: {})", known.join(", "));
+                let cause = format!("Unknown driver '{said}' (there are: {})", known.join(", "));
                 Err(Failure::open(file, &cause))
             }
         };
