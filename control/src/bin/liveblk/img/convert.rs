@@ -242,6 +242,9 @@ async fn transfer(
     node: &Rc<Node>,
     zeroes: Zeroes,
 ) -> Result<u64, Failure> {
+    if options.compress && !node.can_compress() {
+        return Err(Failure::new("Compression not supported for this file format or image"));
+    }
     let copy = Copy {
         host,
         sources: &plan.sources,

@@ -216,7 +216,7 @@ impl Copy<'_> {
             self.land(flight).await?;
         }
         let len = bytes.len() as u64;
-        let flags = WriteFlags::default();
+        let flags = WriteFlags { compressed: self.compress, ..WriteFlags::default() };
         let receipt = self.target.write(at, bytes, flags, Origin::External);
         flight.writes.push_back((at, len, receipt));
         flight.written += len;

@@ -111,14 +111,12 @@ impl Command<'_> {
     }
 
     async fn write(&self, host: &Host, node: &Rc<Node>, at: u64, len: u64) -> Result<(), Failure> {
-        if self.compressed {
-            return Err(Failure::new("compressed writes are not supported yet"));
-        }
         let pattern = self.pattern.unwrap_or(0xcd);
         for (at, len) in pieces::split(at, len, STEP) {
             let bytes = host.space(usize::try_from(len).unwrap_or(0));
             bytes.fill(pattern);
-            node.write(at, bytes, WriteFlags::default(), Origin::External).await?;
+            let flags = WriteFlags { compressed: self.compressed, ..WriteFlags::default() };
+            node.write(at, bytes, flags, Origin::External).await?;
         }
         Ok(())
     }

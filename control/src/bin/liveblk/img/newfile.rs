@@ -1,7 +1,7 @@
 //! A new image file that gets its name only when it is complete and durable.
 //!
-//! Order: (1) the file that has the name already, if any, is locked for writing, so that an image in
-//! use is not replaced; (2) the image is written under a temporary name in the same folder and
+//! Order: (1) the file that has the name already, if any, is locked for writing, so that an image
+//! in use is not replaced; (2) the image is written under a temporary name in the same folder and
 //! flushed; (3) rename; (4) the folder is synchronised. Whatever fails before (3), or a signal,
 //! removes the temporary file and leaves the old one as it was. What is not a regular file (a block
 //! device) cannot be replaced and is refused here.
