@@ -44,6 +44,8 @@ pub(super) struct Image {
     pub(super) pending_ended: Notify,
     pub(super) loaded: Notify,
     pub(super) flushed: Notify,
+    /// Runs of `reclaim` that have not ended.
+    pub(super) reclaims: Cell<u32>,
     /// Whether the mapping was made ahead of the data, once it is known.
     pub(super) mapped_ahead: Cell<Option<bool>>,
 }
@@ -129,7 +131,7 @@ impl Image {
         // Freed clusters become counted as free only after a flush, which makes counts dirty.
         for _ in 0..3 {
             Rc::clone(&self).flush().await?;
-            Rc::clone(&self).reclaim().await;
+            Rc::clone(&self).reclaim_all().await;
             let state = self.state.borrow();
             if state.is_clean() {
                 return Ok(());

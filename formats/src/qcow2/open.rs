@@ -137,6 +137,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         pending_ended: Notify::new(&core),
         loaded: Notify::new(&core),
         flushed: Notify::new(&core),
+        reclaims: Cell::new(0),
         mapped_ahead: Cell::new(None),
         core,
         storage,

@@ -14,6 +14,20 @@ use crate::reason::Reason;
 impl Image {
     /// Frees what may be freed now.
     pub(super) async fn reclaim(self: Rc<Self>) {
+        self.reclaims.set(self.reclaims.get() + 1);
+        Rc::clone(&self).reclaim_ready().await;
+        self.reclaims.set(self.reclaims.get() - 1);
+        self.flushed.notify_all();
+    }
+
+    /// Frees what may be freed now, and waits for others that are freeing: what they took out of
+    /// the quarantine is not counted as free before they end.
+    pub(super) async fn reclaim_all(self: Rc<Self>) {
+        Rc::clone(&self).reclaim().await;
+        self.flushed.until(|| self.reclaims.get() == 0).await;
+    }
+
+    async fn reclaim_ready(self: Rc<Self>) {
         loop {
             let runs = {
                 let mut state = self.state.borrow_mut();
