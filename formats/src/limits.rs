@@ -59,3 +59,18 @@ pub const MAPPED_AHEAD_SCAN: u64 = 64 << 20;
 
 /// Clusters that one step of a write-zeroes or discard changes at most.
 pub const ZERO_CLUSTERS_MAX: u64 = 65_536;
+
+/// Clusters up to this many bytes are packed and unpacked on the core's loop.
+pub const PACK_INLINE_MAX: u64 = 16 << 10;
+
+/// Bytes that packing and unpacking hold for one image, about.
+pub const PACKING_BYTES: u64 = 24 << 20;
+
+/// Clusters of one image that are packed or unpacked at a time.
+pub const PACKING_MAX: u64 = 16;
+
+/// Bytes of unpacked clusters that one image keeps.
+pub const UNPACKED_BYTES: u64 = 4 << 20;
+
+/// Unpacked clusters that one image keeps.
+pub const UNPACKED_CLUSTERS: usize = 64;

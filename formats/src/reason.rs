@@ -51,8 +51,6 @@ pub enum Reason {
     },
     /// An unknown compression type.
     CompressionType(u8),
-    /// A known compression type that cannot be decompressed here.
-    CompressionUnsupported,
     /// Extended L2 entries with subclusters of this many bytes.
     SubclusterSize(u64),
     /// `refcount_order` above 6.
@@ -103,8 +101,6 @@ pub enum Reason {
     PreallocationShrink,
     /// A preallocation mode that the format does not have.
     PreallocationMode(&'static str),
-    /// A compressed cluster was to be read or written.
-    CompressedCluster(u64),
     /// A compressed cluster cannot be unpacked (offset of the guest, of the host).
     CannotUnpack(u64, u64, Unpackable),
     /// An entry of a table that cannot be (table, offset of the guest or index).
@@ -183,7 +179,6 @@ impl Reason {
             | Self::SubclusterSize(_)
             | Self::Version(_)
             | Self::DataFile
-            | Self::CompressionUnsupported
             | Self::Encrypted(_)
             | Self::Encryption(_)
             | Self::Dirty(_)
@@ -194,9 +189,7 @@ impl Reason {
             | Self::PreallocationMode(_)
             | Self::NoBackingSupport(_)
             | Self::RawFixed => ErrorKind::Unsupported,
-            Self::CompressedCluster(_) | Self::CannotUnpack(..) | Self::DataBeyondEnd(..) => {
-                ErrorKind::Io(5)
-            }
+            Self::CannotUnpack(..) | Self::DataBeyondEnd(..) => ErrorKind::Io(5),
             Self::SnapshotNotFound => ErrorKind::NotFound,
             Self::ActiveBitmaps => ErrorKind::Busy,
             Self::SnapshotsMany | Self::L1Grow => ErrorKind::Io(27),
@@ -254,7 +247,6 @@ impl Reason {
             Self::CompressionBit { set: false } => {
                 "qcow2: Compression type incompatible feature bit must be set"
             }
-            Self::CompressionUnsupported => "Unsupported qcow2 feature(s): zstd compression",
             Self::RefcountOrder => "Reference count entry width too large; may not exceed 64 bits",
             Self::NoRefcountTable => "Image does not contain a reference count table",
             Self::SizeTooBig => "Image is too big",
@@ -321,9 +313,6 @@ impl Reason {
                      {host:#x}; delete a snapshot, or convert to an image with wider refcounts"
             ),
             Self::PreallocationMode(mode) => write!(f, "Unsupported preallocation mode: {mode}"),
-            Self::CompressedCluster(offset) => {
-                write!(f, "Compressed cluster at guest offset {offset:#x} is not supported")
-            }
             Self::CannotUnpack(guest, host, why) => write!(
                 f,
                 "The compressed cluster at guest offset {guest:#x} (host offset {host:#x}) cannot \

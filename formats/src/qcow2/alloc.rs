@@ -46,6 +46,21 @@ impl State {
         }
     }
 
+    /// Takes and counts this cluster if it is the first of a reserved run.
+    pub(super) fn take_cluster(&mut self, cluster: HostCluster) -> bool {
+        let runs = &mut self.allocator.runs;
+        let Some(at) = runs.iter().position(|run| run.start == cluster) else { return false };
+        if let Some(run) = runs.get_mut(at) {
+            run.start = run.start.plus(1);
+            run.count -= 1;
+            if run.count == 0 {
+                runs.swap_remove(at);
+            }
+        }
+        self.allocator.fresh = false;
+        self.refcount(cluster) == Some(0) && self.set_refcount(cluster, 1)
+    }
+
     /// Takes clusters back that nobody refers to and nobody accesses.
     pub(super) fn give_back(&mut self, run: Run) {
         for cluster in run.clusters() {

@@ -4,6 +4,7 @@
 //! everything else works with [`Entry`].
 
 use super::layout::{COMPRESSED, COPIED, Geometry, OFFSET_MASK, ZERO};
+use super::packed::Packed;
 use super::subcluster::{ALL, Subclusters};
 
 /// The words of an entry as they are stored; `bitmap` is 0 where entries have 8 bytes.
@@ -51,7 +52,7 @@ pub(super) enum Entry {
     /// other kinds says.
     Sub(Subclusters),
     /// A compressed cluster.
-    Compressed,
+    Compressed(Packed),
     /// Bits that cannot be.
     Damaged,
 }
@@ -61,7 +62,9 @@ impl Entry {
     pub(super) fn decode(raw: RawEntry, geometry: Geometry, limit: u64) -> Self {
         let word = raw.word;
         if word & COMPRESSED != 0 {
-            return if raw.bitmap == 0 { Self::Compressed } else { Self::Damaged };
+            let packed = Packed::decode(word, geometry);
+            let possible = raw.bitmap == 0 && packed.host != 0 && packed.end() <= limit;
+            return if possible { Self::Compressed(packed) } else { Self::Damaged };
         }
         let host = word & OFFSET_MASK;
         let copied = word & COPIED != 0;
@@ -104,7 +107,7 @@ impl Entry {
                 Subclusters { host, copied, allocated: 0, zero: ALL }
             }
             Self::Sub(subclusters) => subclusters,
-            Self::Compressed | Self::Damaged => return None,
+            Self::Compressed(_) | Self::Damaged => return None,
         })
     }
 
@@ -123,8 +126,11 @@ impl Entry {
         }
     }
 
-    /// The words of an entry that is neither compressed nor damaged.
+    /// The words of an entry that is not damaged.
     pub(super) fn encode(self, geometry: Geometry) -> RawEntry {
+        if let Self::Compressed(packed) = self {
+            return RawEntry { word: packed.encode(geometry), bitmap: 0 };
+        }
         let subclusters = self.subclusters().unwrap_or_default();
         let copied = if subclusters.copied { COPIED } else { 0 };
         let word = subclusters.host | copied;
@@ -172,9 +178,13 @@ mod tests {
     /// Row R8: bit 0 is an offset bit of a compressed cluster, not the zero flag.
     #[test]
     fn the_compressed_bit_is_looked_at_before_the_zero_flag() {
-        assert_eq!(Entry::decode(plain(COMPRESSED | 1), V3, LIMIT), Entry::Compressed);
-        assert_eq!(Entry::decode(plain(COMPRESSED | 1), V2, LIMIT), Entry::Compressed);
-        assert_eq!(extended(COMPRESSED | 0x5_0001, 0), Entry::Compressed);
+        let packed = Entry::Compressed(Packed { host: 0x5_0001, len: 511 });
+        assert_eq!(Entry::decode(plain(COMPRESSED | 0x5_0001), V3, LIMIT), packed);
+        assert_eq!(Entry::decode(plain(COMPRESSED | 0x5_0001), V2, LIMIT), packed);
+        assert_eq!(extended(COMPRESSED | 0x5_0001, 0), packed);
+        let beyond = plain(COMPRESSED | (LIMIT - 100));
+        assert_eq!(Entry::decode(beyond, V3, LIMIT), Entry::Damaged);
+        assert_eq!(Entry::decode(plain(COMPRESSED), V3, LIMIT), Entry::Damaged);
         assert_eq!(extended(COMPRESSED | 0x5_0000, 1), Entry::Damaged, "it has no subclusters");
         assert_eq!(extended(COMPRESSED | 0x5_0000, 1 << 32), Entry::Damaged);
     }

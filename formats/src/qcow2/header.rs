@@ -169,9 +169,6 @@ impl Header {
         if self.incompatible & INCOMPATIBLE_DATA_FILE != 0 {
             return Err(Reason::DataFile);
         }
-        if self.incompatible & INCOMPATIBLE_COMPRESSION != 0 {
-            return Err(Reason::CompressionUnsupported);
-        }
         if !writable {
             return Ok(());
         }

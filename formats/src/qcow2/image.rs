@@ -9,18 +9,19 @@ use std::rc::{Rc, Weak};
 
 use liveblk_engine::address::GuestRange;
 use liveblk_engine::buf::Buf;
-use liveblk_engine::executor::sync::{Mutex, Notify};
+use liveblk_engine::executor::sync::{Mutex, Notify, Semaphore};
 use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::format::{
-    Abilities, BackingRef, Extents, Format, ImageInfo, InfoValue, LocalFuture, MissId,
-    PackedCluster, Resize, WriteStep, ZeroMode, ZeroStep,
+    Abilities, BackingRef, CompressedWrites, Extents, Format, ImageInfo, InfoValue, LocalFuture,
+    MissId, PackedCluster, Resize, WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::{Epochs, Lease};
 use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
-use super::layout::{Geometry, INCOMPATIBLE_CORRUPT};
+use super::layout::{Geometry, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE};
 use super::options::Options;
+use super::pack::Packer;
 use super::state::{Health, Miss, State};
 use crate::reason::Reason;
 
@@ -46,6 +47,10 @@ pub(super) struct Image {
     pub(super) flushed: Notify,
     /// Runs of `reclaim` that have not ended.
     pub(super) reclaims: Cell<u32>,
+    /// A cluster was unpacked, or cannot be.
+    pub(super) unpacked: Notify,
+    /// Clusters that may be packed or unpacked at a time.
+    pub(super) packing: Semaphore,
     /// Whether the mapping was made ahead of the data, once it is known.
     pub(super) mapped_ahead: Cell<Option<bool>>,
 }
@@ -159,7 +164,10 @@ impl Format for Qcow2 {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities::default()
+        // What lies in another file lies there as it is.
+        let external = self.0.state.borrow().header.incompatible & INCOMPATIBLE_DATA_FILE != 0;
+        let packer = || -> Rc<dyn CompressedWrites> { Rc::new(Packer(Rc::clone(&self.0))) };
+        Abilities { compress: (!external).then(packer), ..Abilities::default() }
     }
 
     fn data_storage(&self) -> &Storage {
@@ -185,8 +193,7 @@ impl Format for Qcow2 {
     }
 
     fn read_compressed(&self, packed: PackedCluster) -> LocalFuture<'static, Result<Buf>> {
-        let error = self.0.error(Reason::CompressedCluster(packed.at.bytes()), "read");
-        Box::pin(async move { Err(error) })
+        self.0.run(Rc::clone(&self.0).read_packed(packed))
     }
 
     fn begin_write(&self, range: GuestRange) -> Result<WriteStep> {

@@ -2,12 +2,13 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::address::{GuestRange, HostOffset};
-use liveblk_engine::format::{Extent, Extents, Mapping};
+use liveblk_engine::address::{GuestOffset, GuestRange, HostOffset};
+use liveblk_engine::format::{Extent, Extents, Mapping, PackedCluster};
 
 use super::entry::{Entry, RawEntry};
 use super::image::Image;
 use super::layout::GuestCluster;
+use super::packed::Packed;
 use super::state::{Miss, State, Table};
 use super::subcluster::{Kind, Subclusters};
 use crate::reason::Reason;
@@ -78,10 +79,7 @@ impl Walk<'_> {
                 }
                 Entry::Data { host, .. } => self.data(guest, host, host + within, len, file_end),
                 Entry::Sub(subclusters) => self.parts(guest, subclusters, within, len, file_end),
-                Entry::Compressed => {
-                    let error = self.image.error(Reason::CompressedCluster(guest), "read");
-                    self.push(len, Mapping::Damaged(error));
-                }
+                Entry::Compressed(packed) => self.packed(guest, packed, len, file_end),
                 Entry::Damaged => self.push_damage(len, Reason::BadEntry("L2", guest, raw.word)),
             }
             at += len;
@@ -101,6 +99,19 @@ impl Walk<'_> {
             return self.push(len, Mapping::Damaged(error));
         }
         self.push(len, Mapping::Data(HostOffset::new(at)));
+    }
+
+    /// Pushes `len` bytes of a compressed cluster.
+    fn packed(&mut self, guest: u64, packed: Packed, len: u64, file_end: u64) {
+        if let Some(host) = self.state.metadata_in(packed) {
+            return self.push_damage(len, Reason::Overlap(host));
+        }
+        if packed.host >= file_end {
+            let error = self.image.error(Reason::DataBeyondEnd(guest, packed.host), "read");
+            return self.push(len, Mapping::Damaged(error));
+        }
+        let (at, host) = (GuestOffset::new(guest), HostOffset::new(packed.host));
+        self.push(len, Mapping::Compressed(PackedCluster { at, host, len: packed.len }));
     }
 
     /// Pushes `len` bytes from byte `within` on of a cluster with subclusters of several kinds.

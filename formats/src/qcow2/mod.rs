@@ -32,6 +32,8 @@ mod load;
 mod map;
 mod open;
 mod options;
+mod pack;
+mod packed;
 mod reclaim;
 mod reftable;
 mod resize;
@@ -39,6 +41,7 @@ mod rewrite;
 mod state;
 mod subcluster;
 mod tables;
+mod unpack;
 mod write;
 mod zero;
 

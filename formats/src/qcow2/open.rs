@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use liveblk_engine::Result;
 use liveblk_engine::executor::Core;
-use liveblk_engine::executor::sync::{Mutex, Notify};
+use liveblk_engine::executor::sync::{Mutex, Notify, Semaphore};
 use liveblk_engine::format::OpenImage;
 use liveblk_engine::lease::Epochs;
 use liveblk_engine::storage::Storage;
@@ -20,7 +20,8 @@ use super::image::Image;
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
 use super::options::Options;
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
-use crate::limits::{CACHE_SLICES_MIN, TABLE_PIECE};
+use super::unpack::Unpacked;
+use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
 use crate::reason::Reason;
 
 /// Bytes that are read to learn the cluster size.
@@ -118,6 +119,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         next_token: 1,
         allocator: Allocator { end, ..Allocator::default() },
         loading: BTreeSet::new(),
+        unpacked: Unpacked::new(geometry),
         unlinked: Vec::new(),
         quarantine: VecDeque::new(),
         released: Vec::new(),
@@ -129,6 +131,8 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
             liveblk_engine::planted::Planted::FreedReusedAtOnce,
         ),
     };
+    // Each holds a cluster and its packed bytes, both twice for a moment.
+    let packing = (PACKING_BYTES / (4 * geometry.cluster())).clamp(1, PACKING_MAX);
     let image = Rc::new_cyclic(|me| Image {
         me: me.clone(),
         growth: Mutex::new(&core, ()),
@@ -138,6 +142,8 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         loaded: Notify::new(&core),
         flushed: Notify::new(&core),
         reclaims: Cell::new(0),
+        unpacked: Notify::new(&core),
+        packing: Semaphore::new(&core, packing),
         mapped_ahead: Cell::new(None),
         core,
         storage,

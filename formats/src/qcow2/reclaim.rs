@@ -81,6 +81,7 @@ impl Image {
         let mut stretch = Run { start: run.start, count: 0 };
         for cluster in run.clusters() {
             if self.last_reference(cluster).await {
+                self.state.borrow_mut().close_packing(cluster);
                 stretch.count += 1;
                 continue;
             }

@@ -15,6 +15,8 @@ use super::layout::{
     COPIED, ENTRY_BYTES, Geometry, GuestCluster, HostCluster, OFFSET_MASK, REFTABLE_MASK, Run,
     SECTOR,
 };
+use super::packed::Packed;
+use super::unpack::Unpacked;
 use crate::limits::BEYOND_END_MAX;
 use crate::reason::Reason;
 
@@ -102,8 +104,10 @@ pub(super) struct PendingWrite {
     pub(super) fresh: bool,
     /// The bytes from the start of the first cluster that hold data when the write completes.
     pub(super) span: (u64, u64),
-    /// The cluster that loses a reference when the write completes.
-    pub(super) old: Option<HostCluster>,
+    /// The clusters that lose a reference when the write completes.
+    pub(super) old: Option<Run>,
+    /// Where the bytes are, if they are packed; then the write is one whole cluster.
+    pub(super) packed: Option<Packed>,
 }
 
 /// Free clusters that are known and reserved, and where to look for more.
@@ -115,6 +119,8 @@ pub(super) struct Allocator {
     pub(super) end: u64,
     /// Where the search for one free cluster, and for several, goes on.
     pub(super) scan: [u64; 2],
+    /// Where the next packed cluster goes, in a host cluster that is used in part.
+    pub(super) packing: Option<u64>,
     /// A refill has just ended: a shorter run than wanted is good enough.
     pub(super) fresh: bool,
 }
@@ -152,6 +158,7 @@ pub(super) struct State {
     pub(super) next_token: u64,
     pub(super) allocator: Allocator,
     pub(super) loading: BTreeSet<Miss>,
+    pub(super) unpacked: Unpacked,
     /// Clusters whose unlink is not durable yet.
     pub(super) unlinked: Vec<Run>,
     /// Clusters whose unlink is durable, with the epoch that may still use them.
@@ -254,8 +261,12 @@ impl State {
             let raw = RawEntry::load(bytes, index, self.geometry);
             return Err(Reason::BadEntry("L2", guest, raw.word));
         }
-        match entry.host() {
-            Some(host) if self.is_metadata(host) => Err(Reason::Overlap(host)),
+        let hit = match entry {
+            Entry::Compressed(packed) => self.metadata_in(packed),
+            entry => entry.host().filter(|host| self.is_metadata(*host)),
+        };
+        match hit {
+            Some(host) => Err(Reason::Overlap(host)),
             _ => Ok(Lookup::Entry(entry)),
         }
     }
@@ -263,6 +274,12 @@ impl State {
     /// Whether the cluster at byte `host` holds metadata.
     pub(super) fn is_metadata(&self, host: u64) -> bool {
         self.metadata.contains_key(&self.geometry.host_cluster(host).0)
+    }
+
+    /// The first cluster that a packed one would share with metadata.
+    pub(super) fn metadata_in(&self, packed: Packed) -> Option<u64> {
+        let mut hosts = packed.run(self.geometry).clusters().map(|at| self.geometry.host(at));
+        hosts.find(|host| self.is_metadata(*host))
     }
 
     /// Changes the entry of `cluster`; false if its slice is not cached.
@@ -312,6 +329,10 @@ impl State {
         let order = self.geometry.refcount_order;
         let Some(bytes) = self.refs.change(slice) else { return false };
         counts::set(bytes, order, index, value);
+        if value == 0 {
+            self.close_packing(cluster);
+            self.unpacked.forget(cluster, self.geometry);
+        }
         true
     }
 
@@ -331,6 +352,13 @@ impl State {
             && (self.l2.above_high_water()
                 || self.refs.above_high_water()
                 || self.unlinked.len() > crate::limits::UNLINKED_RUNS_MAX)
+    }
+
+    /// Notes that each cluster of `run` lost one reference in memory.
+    pub(super) fn unlink_run(&mut self, run: Run) {
+        for cluster in run.clusters() {
+            self.unlink(cluster);
+        }
     }
 
     /// Notes that `cluster` lost one reference in memory; it is freed when that is durable.

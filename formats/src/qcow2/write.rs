@@ -9,15 +9,17 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::address::{GuestRange, HostOffset};
-use liveblk_engine::format::{Fill, MissId, WriteEnd, WriteGuard, WritePiece, WriteStep};
+use liveblk_engine::address::{GuestOffset, GuestRange, HostOffset};
+use liveblk_engine::format::{
+    Fill, MissId, PackedCluster, WriteEnd, WriteGuard, WritePiece, WriteStep,
+};
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::entry::Entry;
 use super::image::Image;
 use super::layout::{Geometry, GuestCluster, HostCluster, Run};
 use super::state::{Lookup, Miss, PendingWrite, State};
-use super::subcluster::{Kind, Subclusters, touched};
+use super::subcluster::{ALL, Kind, Subclusters, touched};
 use crate::limits::ALLOC_CLUSTERS_MAX;
 use crate::reason::Reason;
 
@@ -33,11 +35,13 @@ enum Plan {
         old: Subclusters,
         clusters: u64,
     },
-    /// Into new clusters; `copy`: where the data of a shared cluster comes from.
+    /// Into new clusters; `copy`: where the data of a shared or compressed cluster comes from;
+    /// `freed`: what loses a reference by it.
     Allocate {
         old: Subclusters,
         clusters: u64,
         copy: Option<Fill>,
+        freed: Option<Run>,
     },
     Miss(Miss),
     Wait(GuestCluster),
@@ -96,7 +100,7 @@ impl Image {
     fn begin(self: &Rc<Self>, state: &mut State, range: GuestRange, plan: &Plan) -> WriteStep {
         let geometry = self.geometry;
         let head = range.start.within(geometry.cluster());
-        let (run, old, copy) = match *plan {
+        let (run, old, copy, freed) = match *plan {
             Plan::Miss(miss) => return WriteStep::Miss(miss.id()),
             Plan::Wait(cluster) => return WriteStep::Wait(MissId(cluster.0)),
             Plan::InPlace { host, clusters } => {
@@ -107,13 +111,14 @@ impl Image {
                 return WriteStep::Ready(WritePiece { len, host, head: 0, tail: 0, fill, guard });
             }
             Plan::Reuse { old, clusters } => {
-                (Run { start: geometry.host_cluster(old.host), count: clusters }, old, None)
+                let start = geometry.host_cluster(old.host);
+                (Run { start, count: clusters }, old, None, None)
             }
-            Plan::Allocate { old, clusters, copy } => {
+            Plan::Allocate { old, clusters, copy, freed } => {
                 let Some(run) = state.take_clusters(clusters) else {
                     return WriteStep::Miss(Miss::Clusters(clusters).id());
                 };
-                (run, old, copy)
+                (run, old, copy, freed)
             }
         };
         let fresh = matches!(plan, Plan::Allocate { .. });
@@ -124,7 +129,8 @@ impl Image {
             run,
             fresh,
             span: (shape.from, shape.to),
-            old: (fresh && old.host != 0).then(|| geometry.host_cluster(old.host)),
+            old: freed,
+            packed: None,
         });
         let end: Rc<dyn WriteEnd> = Rc::<Self>::clone(self);
         WriteStep::Ready(WritePiece {
@@ -150,11 +156,16 @@ impl State {
             Lookup::Miss(miss) => return Ok(Plan::Miss(miss)),
             Lookup::Wait => return Ok(Plan::Wait(first)),
         };
+        let freed = entry.references(geometry);
+        if let Entry::Compressed(packed) = entry {
+            let (at, host) = (GuestOffset::new(first.0 << bits), HostOffset::new(packed.host));
+            let copy = Some(Fill::OldCompressed(PackedCluster { at, host, len: packed.len }));
+            // All of it is data, in another place.
+            let old = Subclusters { allocated: ALL, ..Subclusters::default() };
+            return Ok(Plan::Allocate { old, clusters: 1, copy, freed });
+        }
         let Some(old) = entry.subclusters() else {
-            return Err(match entry {
-                Entry::Compressed => Reason::CompressedCluster(first.0 << bits),
-                _ => Reason::BadEntry("L2", first.0 << bits, 0),
-            });
+            return Err(Reason::BadEntry("L2", first.0 << bits, 0));
         };
         let head = range.start.within(geometry.cluster());
         let touched = touched(geometry, head, head.saturating_add(range.len));
@@ -164,13 +175,13 @@ impl State {
             }
             Entry::Data { host, copied: false } => {
                 let copy = Some(Fill::Old(HostOffset::new(host)));
-                Plan::Allocate { old, clusters: 1, copy }
+                Plan::Allocate { old, clusters: 1, copy, freed }
             }
             _ if old.host == 0 => {
                 let clusters = self.run_of(first, count.min(ALLOC_CLUSTERS_MAX), entry);
-                Plan::Allocate { old, clusters, copy: None }
+                Plan::Allocate { old, clusters, copy: None, freed }
             }
-            _ if !old.copied => Plan::Allocate { old, clusters: 1, copy: None },
+            _ if !old.copied => Plan::Allocate { old, clusters: 1, copy: None, freed },
             _ if old.allocated & touched == touched => {
                 Plan::InPlace { host: old.host, clusters: 1 }
             }
@@ -192,7 +203,7 @@ impl State {
         clusters
     }
 
-    fn begin_pending(&mut self, write: PendingWrite) -> u64 {
+    pub(super) fn begin_pending(&mut self, write: PendingWrite) -> u64 {
         let token = self.next_token;
         self.next_token += 1;
         self.writes.insert(token, write);
@@ -212,6 +223,9 @@ impl State {
 
     fn publish(&mut self, write: PendingWrite) {
         let geometry = self.geometry;
+        if let Some(packed) = write.packed {
+            return self.publish_packed(write.first, packed, write.old);
+        }
         for index in 0..write.run.count {
             let host = geometry.host(HostCluster(write.run.start.0 + index));
             let cluster = write.first.plus(index);
@@ -235,7 +249,7 @@ impl State {
             }
         }
         if let Some(old) = write.old {
-            self.unlink(old);
+            self.unlink_run(old);
         }
     }
 }
@@ -255,10 +269,10 @@ impl WriteEnd for Image {
     fn abort_write(&self, token: u64) {
         {
             let mut state = self.state.borrow_mut();
-            if let Some(write) = state.end_pending(token)
-                && write.fresh
-            {
-                state.give_back(write.run);
+            match state.end_pending(token) {
+                Some(PendingWrite { packed: Some(packed), .. }) => state.give_back_packed(packed),
+                Some(write) if write.fresh => state.give_back(write.run),
+                _ => {}
             }
         }
         self.pending_ended.notify_all();

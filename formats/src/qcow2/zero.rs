@@ -138,9 +138,6 @@ impl State {
                 continue;
             }
             let blocked = match self.lookup(at) {
-                Ok(Lookup::Entry(Entry::Compressed)) if mode == ZeroMode::Discard => {
-                    Plan::Write { len: cluster.min(len) }
-                }
                 Ok(Lookup::Entry(entry)) if self.zero_entry(at, entry, mode) => {
                     done += 1;
                     continue;
@@ -170,6 +167,13 @@ impl State {
 
     /// Makes one cluster read as zeroes; false if its entry cannot say so.
     fn zero_entry(&mut self, at: GuestCluster, entry: Entry, mode: ZeroMode) -> bool {
+        if let Entry::Compressed(packed) = entry {
+            let changed = self.set_entry(at, Entry::ZeroPlain);
+            if changed {
+                self.unlink_run(packed.run(self.geometry));
+            }
+            return changed;
+        }
         let Some(old) = entry.subclusters() else { return false };
         let done = match mode {
             ZeroMode::Discard => entry == Entry::Absent || entry == Entry::ZeroPlain,
@@ -221,7 +225,7 @@ impl State {
             return Ok(Plan::Done { len: one });
         }
         // The following clusters continue this one only where it is of one kind.
-        let uniform = matches!(entry, Entry::Data { .. } | Entry::Absent | Entry::Compressed);
+        let uniform = matches!(entry, Entry::Data { .. } | Entry::Absent);
         let run = if uniform { self.run_of(first, count, entry) } else { 1 };
         let len = len.min(run * cluster - head);
         if old.copied && old.allocated & bits == bits {

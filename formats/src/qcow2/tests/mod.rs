@@ -6,5 +6,6 @@ mod damage;
 mod failures;
 mod model;
 mod mover;
+mod packing;
 mod peer;
 mod steps;

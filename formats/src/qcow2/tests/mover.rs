@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use liveblk_engine::Result;
-use liveblk_engine::address::GuestRange;
+use liveblk_engine::address::{GuestOffset, GuestRange};
 use liveblk_engine::buf::Buf;
 use liveblk_engine::driver::sim::{Sim, SimConfig};
 use liveblk_engine::executor::Core;
@@ -103,7 +103,11 @@ impl Disk {
                             let tail = self.read(after, piece.tail).await?;
                             (Buf::from_vec(head), Buf::from_vec(tail))
                         }
-                        Fill::OldCompressed(_) => unreachable!("not made by this version"),
+                        Fill::OldCompressed(packed) => {
+                            let old = self.format.read_compressed(packed).await?;
+                            let tail = old.len() - piece.tail as usize;
+                            (old.slice(0..piece.head as usize), old.slice(tail..old.len()))
+                        }
                     };
                     let mut whole = head;
                     let part = &bytes[done as usize..(done + piece.len) as usize];
@@ -115,6 +119,30 @@ impl Disk {
                     done += piece.len;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Writes whole clusters compressed, one after the other; the last one may end with the disk.
+    pub(super) async fn write_compressed(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let compress = self.format.abilities().compress.expect("compresses");
+        let storage = self.format.data_storage().clone();
+        let cluster = self.format.cluster_size() as usize;
+        for (index, part) in bytes.chunks(cluster).enumerate() {
+            let at = at + (index * cluster) as u64;
+            let Some(packed) = compress.pack(Buf::from_vec(part.to_vec())).await? else {
+                self.write(at, part).await?;
+                continue;
+            };
+            let piece = loop {
+                match compress.begin_packed(GuestOffset::new(at), packed.len() as u64)? {
+                    WriteStep::Miss(miss) => self.format.load(miss).await?,
+                    WriteStep::Wait(wait) => self.format.pending(wait).await,
+                    WriteStep::Ready(piece) => break piece,
+                }
+            };
+            storage.write(piece.host.bytes(), packed, false).await?;
+            piece.guard.complete();
         }
         Ok(())
     }
@@ -170,7 +198,11 @@ impl Disk {
                         out.extend((position..position + extent.len).map(self.below));
                     }
                     Mapping::Damaged(error) => return Err(error.clone()),
-                    Mapping::Compressed(_) => unreachable!("not made by this version"),
+                    Mapping::Compressed(packed) => {
+                        let bytes = self.format.read_compressed(*packed).await?.to_vec();
+                        let from = (position - packed.at.bytes()) as usize;
+                        out.extend(&bytes[from..from + extent.len as usize]);
+                    }
                     Mapping::Miss(miss) => {
                         self.format.load(*miss).await?;
                         break;

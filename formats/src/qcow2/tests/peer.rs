@@ -10,7 +10,7 @@ use super::mover::{calm, file, open};
 use crate::qcow2::{CreateOptions, check, create};
 
 /// Runs a tool of the peer; its output, or a panic with it.
-fn run(program: &str, arguments: &[&str]) -> String {
+pub(super) fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
     let output = output.unwrap_or_else(|error| panic!("{program} is needed: {error}"));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -19,7 +19,7 @@ fn run(program: &str, arguments: &[&str]) -> String {
     text
 }
 
-fn text(path: &Path) -> &str {
+pub(super) fn text(path: &Path) -> &str {
     path.to_str().expect("a temporary path is text")
 }
 
@@ -37,7 +37,7 @@ pub(super) fn check_exported(fs: &SimFs, path: &str) {
     assert!(matches!(code, Some(0 | 3)), "qemu-img check: {code:?} {errors}");
 }
 
-fn load(path: &Path) -> Vec<u8> {
+pub(super) fn load(path: &Path) -> Vec<u8> {
     std::fs::read(path).expect("the file is there")
 }
 
