@@ -129,7 +129,7 @@ mod tests {
         while bytes.len() < len {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             let back = (seed >> 8) as usize % 60_000 + 1;
-            if bytes.len() > back && seed % 4 != 0 {
+            if bytes.len() > back && !seed.is_multiple_of(4) {
                 let from = bytes.len() - back;
                 let piece = bytes[from..(from + 40).min(bytes.len())].to_vec();
                 bytes.extend(piece);
