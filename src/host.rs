@@ -288,6 +288,7 @@ impl Host {
             target: Rc::clone(target),
             sync: SyncMode::Full,
             allow_larger_target: false,
+            compress: false,
         };
         Ok(liveblk_jobs::start_backup(spec).await?)
     }

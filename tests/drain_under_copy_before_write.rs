@@ -45,6 +45,7 @@ fn world(seed: u64) -> (Sim, Disk, Rc<Node>) {
             target: Rc::clone(&target),
             sync: SyncMode::Full,
             allow_larger_target: false,
+            compress: false,
         };
         start_backup(spec).await.expect("a backup");
         (disk, target)

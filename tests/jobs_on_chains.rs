@@ -83,6 +83,7 @@ fn backup(source: &Rc<Node>, target: &Rc<Node>, sync: SyncMode) -> BackupSpec {
         target: target.clone(),
         sync,
         allow_larger_target: false,
+        compress: false,
     }
 }
 

@@ -67,6 +67,7 @@ fn backup(id: &str, source: &str, target: &str) -> Action {
         target: target.into(),
         sync: SyncMode::Full,
         allow_larger_target: false,
+        compress: false,
     })
 }
 

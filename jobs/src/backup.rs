@@ -61,6 +61,7 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
         granularity: spec.target.cluster_size().max(BACKUP_GRANULE_MIN),
         all_dirty: true,
         whole_granules: true,
+        compress: spec.compress,
         hold,
     });
     let hook: Rc<dyn WriteHook> = Rc::new(CopyBeforeWrite(Rc::clone(&copy)));

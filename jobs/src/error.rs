@@ -78,6 +78,8 @@ pub enum JobError {
         /// What the job does, as a verb ("mirror").
         verb: &'static str,
     },
+    /// The target does not store compressed clusters.
+    CompressionUnsupported,
     /// A mode that the command does not take.
     SyncModeUnsupported {
         /// The mode, as in QMP.
@@ -223,6 +225,10 @@ impl fmt::Display for JobError {
             }
             Self::SameNode { verb: "mirror" } => f.write_str("Can't mirror node into itself"),
             Self::SameNode { .. } => f.write_str("Source and target cannot be the same"),
+            Self::CompressionUnsupported => {
+                // The peer names the target's device here, which nodes do not have.
+                f.write_str("Compression is not supported for this drive ")
+            }
             Self::SyncModeUnsupported { mode } => {
                 write!(f, "Sync mode '{mode}' not supported")
             }

@@ -54,6 +54,7 @@ fn prepare(spec: MirrorSpec) -> Result<Prepared> {
         }
     };
     let copy = Copy::new(CopySetup {
+        compress: false,
         job,
         source: Rc::clone(&spec.source),
         target: Rc::clone(&spec.target),

@@ -142,6 +142,8 @@ pub struct BackupSpec {
     pub sync: SyncMode,
     /// Accept a larger target; its tail then reads zero.
     pub allow_larger_target: bool,
+    /// Store whole clusters of the target compressed.
+    pub compress: bool,
 }
 
 impl MirrorSpec {
@@ -184,6 +186,9 @@ impl BackupSpec {
     pub(crate) fn check(&self) -> Result<()> {
         if self.source.id() == self.target.id() {
             return Err(JobError::SameNode { verb: "backup" });
+        }
+        if self.compress && !self.target.can_compress() {
+            return Err(JobError::CompressionUnsupported);
         }
         if matches!(self.sync, SyncMode::Incremental | SyncMode::Bitmap) {
             return Err(JobError::BitmapMissing { mode: self.sync.name() });

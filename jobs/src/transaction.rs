@@ -65,6 +65,8 @@ pub struct BackupAction {
     pub sync: SyncMode,
     /// Accept a larger target.
     pub allow_larger_target: bool,
+    /// Store whole clusters of the target compressed.
+    pub compress: bool,
 }
 
 impl Action {
@@ -237,6 +239,7 @@ async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Res
                 job: backup.job,
                 sync: backup.sync,
                 allow_larger_target: backup.allow_larger_target,
+                compress: backup.compress,
             };
             Step::Backup(prepare_backup(spec, &txn)?)
         }

@@ -18,6 +18,7 @@ fn spec(
         target: target.clone(),
         sync: SyncMode::Full,
         allow_larger_target: false,
+        compress: false,
     }
 }
 

@@ -48,6 +48,7 @@ fn there_and_back(folder: &Path) {
             target: b.clone(),
             sync: SyncMode::Full,
             allow_larger_target: false,
+            compress: false,
         };
         let from = core.now();
         start_backup(backup).await.expect("it starts");

@@ -139,6 +139,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
         target: Rc::clone(&node),
         sync: SyncMode::Full,
         allow_larger_target: false,
+        compress: false,
     };
     let id = spec.job.id.clone();
     let from = world.clock.tick();

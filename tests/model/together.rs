@@ -130,6 +130,7 @@ async fn backups(world: &Rc<World>, rng: &mut Rng) {
             target: target.node.name().to_string(),
             sync: SyncMode::Full,
             allow_larger_target: false,
+            compress: false,
         };
         on_success(world, &action.job.id, (disk, target.chain.clone()), &window);
         ids.push(action.job.id.clone());

@@ -62,6 +62,7 @@ impl Control {
             target,
             sync: sync_mode(backup.sync),
             allow_larger_target: backup.allow_larger_target,
+            compress: backup.compress,
             job: backup_job(backup),
         };
         start_backup(spec).await?;
@@ -78,9 +79,6 @@ impl Control {
             return Err(Failure::generic(format!("Bitmap '{bitmap}' could not be found")));
         }
         check_perf(&backup.x_perf)?;
-        if backup.compress {
-            return Err(not_yet("Option 'compress'"));
-        }
         if backup.discard_source {
             return Err(not_yet("Option 'discard-source'"));
         }
@@ -169,6 +167,7 @@ impl Control {
                     target: backup.target.clone(),
                     sync: sync_mode(backup.sync),
                     allow_larger_target: backup.allow_larger_target,
+                    compress: backup.compress,
                     job: backup_job(*backup),
                 }))
             }

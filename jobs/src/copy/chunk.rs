@@ -130,7 +130,8 @@ impl Copy {
             let origin = self.origin_of(run);
             let written = match &content {
                 Content::Bytes(bytes) => {
-                    self.target.write(start, bytes.clone(), WriteFlags::default(), origin)
+                    let flags = WriteFlags { compressed: self.compress, ..WriteFlags::default() };
+                    self.target.write(start, bytes.clone(), flags, origin)
                 }
                 Content::Zeroes(len) => {
                     let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };

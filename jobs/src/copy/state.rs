@@ -36,6 +36,8 @@ pub(crate) struct CopySetup {
     pub(crate) all_dirty: bool,
     /// Whether a partial last granule counts whole in the progress.
     pub(crate) whole_granules: bool,
+    /// Whether whole clusters are stored compressed.
+    pub(crate) compress: bool,
     /// Kept by every copy in flight: the use of the target.
     pub(crate) hold: Rc<dyn Any>,
 }
@@ -48,6 +50,7 @@ pub(crate) struct Copy {
     size: u64,
     pub(super) unit: u64,
     whole_granules: bool,
+    pub(super) compress: bool,
     pub(super) todo: RefCell<DirtyBitmap>,
     /// Granules that are known to read as zeroes; a write takes them out.
     pub(super) zero: RefCell<DirtyBitmap>,
@@ -95,6 +98,7 @@ impl Copy {
             touched: RefCell::new(None),
             unit: unit.max(setup.granularity),
             whole_granules: setup.whole_granules,
+            compress: setup.compress,
             job: setup.job,
             source: setup.source,
             target: setup.target,
