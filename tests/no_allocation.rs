@@ -54,6 +54,10 @@ async fn round(host: &Host, disk: &Disk, receipts: &mut Vec<liveblk::engine::nod
     for receipt in receipts.drain(..) {
         receipt.await.unwrap();
     }
+    // What the top does not have.
+    let absent = host.core().pool().alloc(65536);
+    disk.read(12 << 20, absent.clone()).await.unwrap();
+    disk.read((12 << 20) + 4096, absent.slice(0..4096)).await.unwrap();
     let large = host.core().pool().alloc(1 << 20);
     disk.write(65536 - 512, large.clone(), WriteFlags::default()).await.unwrap();
     disk.read(65536 - 512, large).await.unwrap();
@@ -70,11 +74,13 @@ async fn round(host: &Host, disk: &Disk, receipts: &mut Vec<liveblk::engine::nod
 
 fn measured(folder: &Path) -> (u64, u64, u64) {
     let dir = tempfile::tempdir_in(folder).unwrap();
-    let (base, top) = (dir.path().join("a.qcow2"), dir.path().join("b.qcow2"));
+    let [base, middle, top] = ["a.qcow2", "b.qcow2", "c.qcow2"].map(|name| dir.path().join(name));
     run(move |host| async move {
         host.create(&base, "qcow2", 16 << 20).await?;
-        host.create_overlay(&top, &base, "qcow2").await?;
-        let node = host.open_chain("disk", &[("qcow2", &base), ("qcow2", &top)]).await?;
+        host.create_overlay(&middle, &base, "qcow2").await?;
+        host.create_overlay(&top, &middle, "qcow2").await?;
+        let images = [("qcow2", &*base), ("qcow2", &*middle), ("qcow2", &*top)];
+        let node = host.open_chain("disk", &images).await?;
         let disk = host.attach(&node)?;
         for index in 0..8 {
             disk.write(index << 20, host.space(1 << 20), WriteFlags::default()).await?;

@@ -36,6 +36,12 @@ pub const INLINE_PIECE: usize = 64 << 10;
 /// The longest chain of backing files that opens.
 pub const CHAIN_DEPTH: usize = 256;
 
+/// Bytes of the index of a chain per layer (see `node::chain`).
+pub const CHAIN_INDEX_BYTES: usize = 64 << 10;
+
+/// Smallest and largest unit of such an index in bytes.
+pub const CHAIN_GRANULE: std::ops::RangeInclusive<u64> = 4 << 10..=2 << 20;
+
 /// Nanoseconds after which a cut gives up waiting for requests in flight.
 pub const CUT_DEADLINE_NS: u64 = 30_000_000_000;
 

@@ -14,6 +14,7 @@
 //! A request is a task of its node: callers hold a receipt, and dropping it cancels nothing.
 
 mod attachment;
+mod chain;
 mod gate;
 mod hooks;
 mod map;
@@ -27,6 +28,7 @@ mod transfer;
 mod users;
 
 pub use attachment::Disk;
+pub use chain::ChainStats;
 pub use hooks::{HookId, WriteHook};
 pub use map::MapExtent;
 pub use object::{Node, NodeId, NodeOptions};

@@ -4,9 +4,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
 use super::attachment::Attachment;
+use super::chain::{ChainStats, LayerState};
 use super::gate::Gate;
 use super::hooks::{HookId, Hooks, WriteHook};
-use super::path::Path;
+use super::path::{Layer, Path};
 use super::users::Users;
 use crate::buf::Buf;
 use crate::error::{Error, ErrorKind, Result};
@@ -51,10 +52,9 @@ pub struct Node {
     core: Core,
     id: NodeId,
     name: Rc<str>,
-    format: Rc<dyn Format>,
+    layer: Layer,
     filename: RefCell<String>,
     options: NodeOptions,
-    writable: Cell<bool>,
     monitor_owned: Cell<bool>,
     file: RefCell<Option<Rc<Node>>>,
     backing: RefCell<Option<Rc<Node>>>,
@@ -69,15 +69,15 @@ pub struct Node {
 impl Node {
     pub(crate) fn new(core: &Core, parts: NodeParts) -> Rc<Self> {
         let below = parts.backing.as_ref().map(|backing| backing.path());
-        let path = Path::compile(Rc::clone(&parts.format), below.as_deref());
+        let layer = Layer { format: parts.format, state: LayerState::new(parts.writable) };
+        let path = Path::compile(layer.clone(), below.as_deref());
         Rc::new(Self {
             core: core.clone(),
             id: parts.id,
             name: parts.name,
-            format: parts.format,
+            layer,
             filename: RefCell::new(parts.filename),
             options: parts.options,
-            writable: Cell::new(parts.writable),
             monitor_owned: Cell::new(parts.monitor_owned),
             file: RefCell::new(parts.file),
             backing: RefCell::new(parts.backing),
@@ -107,7 +107,7 @@ impl Node {
 
     /// The driver's name in QMP.
     pub fn driver(&self) -> &'static str {
-        self.format.driver()
+        self.layer.format.driver()
     }
 
     /// The file that holds the image, as it was named when it was opened.
@@ -122,12 +122,12 @@ impl Node {
 
     /// Virtual size in bytes, now.
     pub fn size(&self) -> u64 {
-        self.format.size()
+        self.layer.format.size()
     }
 
     /// Bytes that one allocation covers; 1 where there is no allocation.
     pub fn cluster_size(&self) -> u64 {
-        self.format.cluster_size()
+        self.layer.format.cluster_size()
     }
 
     /// Whether writes can be stored compressed.
@@ -137,7 +137,7 @@ impl Node {
 
     /// Facts for queries.
     pub fn info(&self) -> ImageInfo {
-        self.format.info()
+        self.layer.format.info()
     }
 
     /// The node's options.
@@ -147,12 +147,12 @@ impl Node {
 
     /// The image itself.
     pub fn format(&self) -> &Rc<dyn Format> {
-        &self.format
+        &self.layer.format
     }
 
     /// Whether the image takes writes.
     pub fn is_writable(&self) -> bool {
-        self.writable.get()
+        self.layer.state.is_writable()
     }
 
     /// Whether `blockdev-del` may remove it.
@@ -182,7 +182,7 @@ impl Node {
 
     /// Whether the bytes live in memory (small, cache-hot units are best then).
     pub fn is_memory_backed(&self) -> bool {
-        match self.format.data_storage() {
+        match self.layer.format.data_storage() {
             Storage::File(file) => file.is_memory_backed(),
             Storage::Memory(_) => true,
         }
@@ -190,6 +190,12 @@ impl Node {
 
     pub(crate) fn path(&self) -> Rc<Path> {
         Rc::clone(&self.path.borrow())
+    }
+
+    /// What reads through the chain below have cost so far; zeroes where there is at most one layer
+    /// below.
+    pub fn chain_stats(&self) -> ChainStats {
+        self.path.borrow().index().map(|index| index.stats()).unwrap_or_default()
     }
 
     pub(crate) fn gate(&self) -> &Rc<Gate> {
@@ -210,7 +216,7 @@ impl Node {
     /// content stays equal.
     pub(crate) fn link_backing(&self, backing: Option<Rc<Self>>) {
         let below = backing.as_ref().map(|node| node.path());
-        *self.path.borrow_mut() = Path::compile(Rc::clone(&self.format), below.as_deref());
+        *self.path.borrow_mut() = Path::compile(self.layer.clone(), below.as_deref());
         *self.backing.borrow_mut() = backing;
     }
 
@@ -234,15 +240,15 @@ impl Node {
     /// # Errors
     /// What flushing or the locks report; the node then keeps its state.
     pub async fn set_writable(&self, writable: bool) -> Result<()> {
-        if self.writable.get() == writable {
+        if self.layer.state.is_writable() == writable {
             return Ok(());
         }
         if writable {
             self.lock_file(true).await?;
-            self.format.set_writable(true).await?;
+            self.layer.format.set_writable(true).await?;
             self.show_writable(true);
         } else {
-            self.format.set_writable(false).await?;
+            self.layer.format.set_writable(false).await?;
             self.show_writable(false);
             self.lock_file(false).await?;
         }
@@ -251,26 +257,26 @@ impl Node {
 
     /// Sets what requests and queries see; a file that was opened for this node goes with it.
     fn show_writable(&self, writable: bool) {
-        self.writable.set(writable);
+        self.layer.state.set_writable(writable);
         if let Some(file) = self.file().filter(|file| !file.is_monitor_owned()) {
-            file.writable.set(writable);
+            file.layer.state.set_writable(writable);
         }
     }
 
     /// Gives up the locks on the file of a protocol node that is being closed.
     pub(crate) async fn unlock_file(&self) -> Result<()> {
-        match self.format.data_storage() {
+        match self.layer.format.data_storage() {
             Storage::File(file) => file.lock(LockRequest::None).await,
             Storage::Memory(_) => Ok(()),
         }
     }
 
     async fn lock_file(&self, write: bool) -> Result<()> {
-        let Storage::File(file) = self.format.data_storage() else { return Ok(()) };
+        let Storage::File(file) = self.layer.format.data_storage() else { return Ok(()) };
         if write && !file.is_writable() {
             return Err(Error::new(ErrorKind::ReadOnly, "make writable").on(&self.name));
         }
-        let read = if self.format.cluster_size() == 1 {
+        let read = if self.layer.format.cluster_size() == 1 {
             LockRequest::ReadShared
         } else {
             LockRequest::ReadStable
@@ -333,6 +339,6 @@ impl Node {
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Node({} '{}', {})", self.id.0, self.name, self.format.driver())
+        write!(f, "Node({} '{}', {})", self.id.0, self.name, self.layer.format.driver())
     }
 }

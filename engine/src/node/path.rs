@@ -3,29 +3,41 @@
 //! Guest requests never walk the graph. A path is immutable; a change of the chain compiles a new
 //! one, and requests in flight finish on the old one, which keeps its layers alive.
 
+use std::cell::OnceCell;
 use std::rc::Rc;
 
+use super::chain::{ChainIndex, LayerState};
 use crate::format::Format;
 
-/// One layer: an image and how it is named.
+/// One layer: an image, and whether it is written.
 #[derive(Clone)]
 pub(crate) struct Layer {
     pub(crate) format: Rc<dyn Format>,
+    pub(crate) state: Rc<LayerState>,
 }
 
 /// Layers from top to base; never empty.
 pub(crate) struct Path {
     layers: Box<[Layer]>,
+    /// Of the layers below the top; shared with all overlays of the same backing node.
+    below: Option<Rc<ChainIndex>>,
+    /// Of all layers, made for the first overlay.
+    whole: OnceCell<Option<Rc<ChainIndex>>>,
 }
 
 impl Path {
     /// `top` above the layers of `below`.
-    pub(crate) fn compile(top: Rc<dyn Format>, below: Option<&Self>) -> Rc<Self> {
-        let mut layers = vec![Layer { format: top }];
+    pub(crate) fn compile(top: Layer, below: Option<&Self>) -> Rc<Self> {
+        let mut layers = vec![top];
         if let Some(below) = below {
             layers.extend(below.layers.iter().cloned());
         }
-        Rc::new(Self { layers: layers.into() })
+        let below = below.and_then(|below| below.whole());
+        Rc::new(Self { layers: layers.into(), below, whole: OnceCell::new() })
+    }
+
+    fn whole(&self) -> Option<Rc<ChainIndex>> {
+        self.whole.get_or_init(|| ChainIndex::new(&self.layers)).clone()
     }
 
     /// The layers, top first.
@@ -36,6 +48,16 @@ impl Path {
     /// The layer that is written.
     pub(crate) fn top(&self) -> &Layer {
         self.layers.first().expect("invariant: a path has a top layer")
+    }
+
+    /// The layers below the top.
+    pub(crate) fn lower(&self) -> &[Layer] {
+        self.layers.get(1..).unwrap_or_default()
+    }
+
+    /// The index of the layers below the top, if there are several.
+    pub(crate) fn index(&self) -> Option<&Rc<ChainIndex>> {
+        self.below.as_ref()
     }
 }
 

@@ -1,8 +1,8 @@
 //! The one place that moves guest data between buffers and layers.
 //!
-//! Reads: (1) resolve from the top layer down, whole extents at a time; (2) start every storage
-//! read, and the unpacking of compressed clusters, as soon as it is known; (3) await all of them;
-//! leases live until then.
+//! Reads: (1) resolve from the top layer down, whole extents at a time, below the top from the first
+//! layer that the chain's index names; (2) start every storage read, and the unpacking of compressed
+//! clusters, as soon as it is known; (3) await all of them; leases live until then.
 //!
 //! Writes (under the node's claim): (1) begin a piece; (2) read what its allocation needs from the
 //! layers below; (3) start the data write; (4) when it ended, complete the guard (the mapping
@@ -19,7 +19,7 @@ use crate::address::GuestRange;
 use crate::buf::{Buf, Pool};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    Extents, Fill, Mapping, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+    Extent, Extents, Fill, Mapping, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use crate::lease::Lease;
 use crate::storage::IoFuture;
@@ -48,7 +48,7 @@ struct Reads {
 pub(crate) async fn read(path: &Path, from: usize, range: GuestRange, buf: &Buf) -> Result<()> {
     let mut reads = Reads::default();
     let mut result = Ok(());
-    reads.todo.push(Todo { range, at: 0, layer: from });
+    descend(path, Todo { range, at: 0, layer: from }, &mut reads.todo);
     while let Some(part) = reads.todo.pop() {
         if let Err(error) = read_part(path, part, buf, &mut reads).await {
             result = Err(error);
@@ -72,6 +72,7 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
         return Ok(());
     };
     let format = &layer.format;
+    let below = path.index().zip(part.layer.checked_sub(1));
     let inside = part.range.intersect(GuestRange::new(0, format.size()));
     if inside.len < part.range.len {
         let at = part.at + length(inside.len);
@@ -84,6 +85,11 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
     if let Some(lease) = format.resolve(inside, &mut extents) {
         reads.leases.push(lease);
     }
+    if let Some((index, layer)) = below
+        && !matches!(extents.first(), Some(Extent { mapping: Mapping::Miss(_), .. }))
+    {
+        index.probed(path.lower(), layer, inside.start.bytes());
+    }
     let mut rest = Todo { range: inside, ..part };
     for extent in &extents {
         let len = extent.len.min(rest.range.len);
@@ -93,11 +99,10 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
                 reads.started.push(io);
             }
             Mapping::Zero | Mapping::ZeroAllocated(_) => target(rest.at, len).fill(0),
-            Mapping::Absent => reads.todo.push(Todo {
-                range: GuestRange { len, ..rest.range },
-                at: rest.at,
-                layer: rest.layer + 1,
-            }),
+            Mapping::Absent => {
+                let range = GuestRange { len, ..rest.range };
+                descend(path, Todo { range, at: rest.at, layer: rest.layer + 1 }, &mut reads.todo);
+            }
             Mapping::Compressed(packed) => {
                 let to = target(rest.at, len);
                 reads.unpacks.start(format, *packed, rest.range.start, to).await?;
@@ -113,6 +118,24 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
     }
     assert!(rest.range.is_empty(), "a resolve covers its range or ends with a miss");
     Ok(())
+}
+
+/// Adds a part to what is to be done, each run of it at the first layer that may have it.
+fn descend(path: &Path, part: Todo, todo: &mut SmallVec<[Todo; 8]>) {
+    let Some((index, from)) = path.index().zip(part.layer.checked_sub(1)) else {
+        todo.push(part);
+        return;
+    };
+    let mut rest = part;
+    while !rest.range.is_empty() {
+        let (len, layer) = index.run(rest.range.start.bytes(), rest.range.len, from);
+        if from == 0 {
+            index.count_lookup();
+        }
+        let range = GuestRange { len, ..rest.range };
+        todo.push(Todo { range, at: rest.at, layer: layer + 1 });
+        rest = advance(rest, len);
+    }
 }
 
 fn advance(part: Todo, len: u64) -> Todo {

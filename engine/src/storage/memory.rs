@@ -20,6 +20,16 @@ pub struct Memory {
     size: Cell<u64>,
     /// Writes until the planted fault, and its errno.
     fault: Cell<Option<(u64, i32)>>,
+    traffic: Cell<Traffic>,
+}
+
+/// Bytes that were moved to and from a memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes read.
+    pub read: u64,
+    /// Bytes written, zeroing not counted.
+    pub written: u64,
 }
 
 impl Memory {
@@ -35,6 +45,11 @@ impl Memory {
         self.size.get()
     }
 
+    /// What was moved since it was made.
+    pub fn traffic(&self) -> Traffic {
+        self.traffic.get()
+    }
+
     /// After `writes` more writes every write fails with `errno`; `None` heals.
     pub fn plant_fault(&self, fault: Option<(u64, i32)>) {
         self.fault.set(fault);
@@ -42,6 +57,8 @@ impl Memory {
 
     /// Reads into `buf`.
     pub fn read(&self, offset: u64, buf: &Buf) -> IoFuture {
+        let before = self.traffic.get();
+        self.traffic.set(Traffic { read: before.read + buf.len() as u64, ..before });
         let pages = self.pages.borrow();
         each_page(offset, buf.len(), |page, within, at, len| match pages.get(&page) {
             Some(bytes) => {
@@ -55,6 +72,8 @@ impl Memory {
     /// Writes `buf`, growing if needed.
     pub fn write(&self, offset: u64, buf: &Buf) -> IoFuture {
         IoFuture::ready(self.check_fault("write").map(|()| {
+            let before = self.traffic.get();
+            self.traffic.set(Traffic { written: before.written + buf.len() as u64, ..before });
             let mut pages = self.pages.borrow_mut();
             each_page(offset, buf.len(), |page, within, at, len| {
                 let bytes = pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));

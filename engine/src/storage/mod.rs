@@ -12,6 +12,6 @@ mod place;
 
 pub use file::{File, FileOptions, IoFuture};
 pub use lock::LockRequest;
-pub use memory::Memory;
+pub use memory::{Memory, Traffic};
 pub use paths::{PathFacts, rename, stat, sync_folder_of, unlink};
 pub use place::{Storage, StorageExtent};
