@@ -171,7 +171,7 @@ fn a_lower_layer_that_is_written_is_asked_again() {
             let below = top(&host).chain_stats();
             assert_eq!(below.bytes, 0, "nothing is relied on");
             let mut written = 0;
-            for at in (0..16_u64 << 20).step_by(1 << 20) {
+            for at in (lower as u64 * 131_072..16 << 20).step_by(1 << 20) {
                 // Where nothing above has anything, the new bytes are what is read.
                 let status = top(&host).block_status(at, 65536).await.expect("a status");
                 if status.len() != 1 || (status[0].depth as usize) <= lower {

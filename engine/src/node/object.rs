@@ -132,7 +132,7 @@ impl Node {
 
     /// Whether writes can be stored compressed.
     pub fn can_compress(&self) -> bool {
-        self.format.abilities().compress.is_some()
+        self.layer.format.abilities().compress.is_some()
     }
 
     /// Facts for queries.
