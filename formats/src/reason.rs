@@ -42,8 +42,17 @@ pub enum Reason {
     Dirty(PathBuf),
     /// The corrupt bit is set and the image should be writable.
     CorruptBit,
-    /// The data is in another file.
+    /// The data is in another file, and nobody says in which.
     DataFile,
+    /// A data file for an image that holds its data itself.
+    DataFileUnexpected,
+    /// An entry of an image with a data file names another place than the guest's own.
+    DataFilePlace {
+        /// The place.
+        place: u64,
+        /// The cluster of the guest.
+        guest: u64,
+    },
     /// The compression type and its feature bit contradict each other.
     CompressionBit {
         /// Whether the bit is set.
@@ -178,7 +187,6 @@ impl Reason {
             Self::Features(_)
             | Self::SubclusterSize(_)
             | Self::Version(_)
-            | Self::DataFile
             | Self::Encrypted(_)
             | Self::Encryption(_)
             | Self::Dirty(_)
@@ -199,6 +207,8 @@ impl Reason {
             | Self::SizeAlignment
             | Self::Option(_)
             | Self::Create(_)
+            | Self::DataFile
+            | Self::DataFileUnexpected
             | Self::HeaderFull
             | Self::RawRange { .. }
             | Self::NotQcow2 => ErrorKind::InvalidArgument,
@@ -240,7 +250,10 @@ impl Reason {
             Self::BackingEncoding => "Backing file name is not valid UTF-8",
             Self::Extension => "Header extension too large",
             Self::CorruptBit => "qcow2: Image is corrupt; cannot be opened read/write",
-            Self::DataFile => "Unsupported qcow2 feature(s): external data file",
+            Self::DataFile => "'data-file' is required for this image",
+            Self::DataFileUnexpected => {
+                "'data-file' can only be set for images with an external data file"
+            }
             Self::CompressionBit { set: true } => {
                 "qcow2: Compression type incompatible feature bit must not be set"
             }
@@ -324,6 +337,11 @@ impl Reason {
             Self::Overlap(host) => write!(
                 f,
                 "qcow2: Image is corrupt: guest data at host offset {host:#x} overlaps metadata"
+            ),
+            Self::DataFilePlace { place, guest } => write!(
+                f,
+                "qcow2: Image is corrupt: External data file host cluster offset {place:#x} does \
+                 not match guest cluster offset: {guest:#x}"
             ),
             Self::Refcount(host) => {
                 write!(f, "qcow2: Image is corrupt: wrong refcount of the cluster at {host:#x}")

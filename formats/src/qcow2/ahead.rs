@@ -27,6 +27,9 @@ impl Image {
 
     async fn counts_more_than_is_there(&self) -> Result<bool> {
         let Storage::File(file) = &self.storage else { return Ok(false) };
+        if self.geometry.external {
+            return Ok(false);
+        }
         let geometry = self.geometry;
         let there = file.allocated_at_open() >> geometry.cluster_bits;
         let enough = (there * 10 / 9).max(there + 2);

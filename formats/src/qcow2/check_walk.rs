@@ -135,6 +135,9 @@ impl<'a> Walk<'a> {
             self.claim("compressed cluster", offset, (offset & !511) + sectors * 512 - offset);
             return;
         }
+        if geometry.external {
+            return self.external(raw, active);
+        }
         let host = raw & OFFSET_MASK;
         let reserved = raw & !(OFFSET_MASK | COPIED | ZERO) != 0;
         let zero = raw & ZERO != 0;
@@ -150,6 +153,16 @@ impl<'a> Walk<'a> {
             if active {
                 self.check_copied("L2", raw, host);
             }
+        }
+    }
+
+    /// An entry of an image with a data file: nothing there is counted.
+    fn external(&mut self, raw: u64, active: bool) {
+        let host = raw & OFFSET_MASK;
+        if raw & !(OFFSET_MASK | COPIED | ZERO) != 0 || !self.header.geometry.aligned(host) {
+            self.report.corruption(format!("L2 entry {raw:#x}"));
+        } else if host != 0 || raw & COPIED != 0 {
+            self.report.allocated_clusters += u64::from(active);
         }
     }
 

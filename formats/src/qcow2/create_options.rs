@@ -129,6 +129,7 @@ impl CreateOptions {
             cluster_bits: self.cluster_size.trailing_zeros(),
             refcount_order: self.refcount_order,
             extended: self.extended_l2,
+            external: self.data_file.is_some(),
         };
         if geometry.l1_entries(self.size).saturating_mul(ENTRY_BYTES) > L1_BYTES_MAX {
             return Err(Reason::Create(CreateReason::TooLarge));

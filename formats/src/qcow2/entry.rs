@@ -63,11 +63,19 @@ impl Entry {
         let word = raw.word;
         if word & COMPRESSED != 0 {
             let packed = Packed::decode(word, geometry);
-            let possible = raw.bitmap == 0 && packed.host != 0 && packed.end() <= limit;
+            let inside = packed.host != 0 && packed.end() <= limit;
+            let possible = raw.bitmap == 0 && inside && !geometry.external;
             return if possible { Self::Compressed(packed) } else { Self::Damaged };
         }
-        let host = word & OFFSET_MASK;
-        let copied = word & COPIED != 0;
+        let place = word & OFFSET_MASK;
+        let mut copied = word & COPIED != 0;
+        let host = if geometry.external && (place != 0 || copied) {
+            // What is not counted is never shared.
+            copied = true;
+            place + geometry.bias()
+        } else {
+            place
+        };
         let flag = if geometry.extended { 0 } else { ZERO };
         let subclusters = if geometry.extended {
             Subclusters::from_bitmap(host, copied, raw.bitmap)
@@ -78,7 +86,7 @@ impl Entry {
         let impossible = word & !(OFFSET_MASK | COPIED | flag) != 0
             || (word & flag != 0 && geometry.version < 3)
             || !geometry.aligned(host)
-            || host >= limit
+            || place >= limit
             || !subclusters.is_possible();
         if impossible { Self::Damaged } else { Self::of(subclusters) }
     }
@@ -133,7 +141,7 @@ impl Entry {
         }
         let subclusters = self.subclusters().unwrap_or_default();
         let copied = if subclusters.copied { COPIED } else { 0 };
-        let word = subclusters.host | copied;
+        let word = geometry.place(subclusters.host).bytes() | copied;
         if geometry.extended {
             return RawEntry { word, bitmap: subclusters.bitmap() };
         }
@@ -145,12 +153,27 @@ impl Entry {
 mod tests {
     use super::*;
 
-    const V3: Geometry =
-        Geometry { version: 3, cluster_bits: 16, refcount_order: 4, extended: false };
-    const V2: Geometry =
-        Geometry { version: 2, cluster_bits: 16, refcount_order: 4, extended: false };
-    const EXTENDED: Geometry =
-        Geometry { version: 3, cluster_bits: 16, refcount_order: 4, extended: true };
+    const V3: Geometry = Geometry {
+        version: 3,
+        cluster_bits: 16,
+        refcount_order: 4,
+        extended: false,
+        external: false,
+    };
+    const V2: Geometry = Geometry {
+        version: 2,
+        cluster_bits: 16,
+        refcount_order: 4,
+        extended: false,
+        external: false,
+    };
+    const EXTENDED: Geometry = Geometry {
+        version: 3,
+        cluster_bits: 16,
+        refcount_order: 4,
+        extended: true,
+        external: false,
+    };
     const LIMIT: u64 = 1 << 30;
 
     fn plain(word: u64) -> RawEntry {

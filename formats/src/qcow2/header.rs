@@ -166,9 +166,6 @@ impl Header {
 
     /// Checks what this version can do with the image.
     pub(super) fn check_features(&self, writable: bool, name: &Path) -> Result<(), Reason> {
-        if self.incompatible & INCOMPATIBLE_DATA_FILE != 0 {
-            return Err(Reason::DataFile);
-        }
         if !writable {
             return Ok(());
         }
@@ -249,7 +246,8 @@ fn geometry(
     incompatible: u64,
 ) -> Result<Geometry, Reason> {
     let extended = incompatible & INCOMPATIBLE_EXTENDED_L2 != 0;
-    let geometry = Geometry { version, cluster_bits, refcount_order, extended };
+    let external = incompatible & INCOMPATIBLE_DATA_FILE != 0;
+    let geometry = Geometry { version, cluster_bits, refcount_order, extended, external };
     if geometry.subcluster() < SECTOR as u64 {
         return Err(Reason::SubclusterSize(geometry.subcluster()));
     }

@@ -19,7 +19,7 @@ use liveblk_engine::lease::{Epochs, Lease};
 use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
-use super::layout::{Geometry, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DATA_FILE};
+use super::layout::{AUTOCLEAR_DATA_FILE_RAW, Geometry, INCOMPATIBLE_CORRUPT};
 use super::options::Options;
 use super::pack::Packer;
 use super::state::{Health, Miss, State};
@@ -31,6 +31,8 @@ pub(super) struct Image {
     pub(super) me: Weak<Self>,
     pub(super) core: Core,
     pub(super) storage: Storage,
+    /// The external data file.
+    pub(super) data: Option<Storage>,
     pub(super) filename: PathBuf,
     pub(super) geometry: Geometry,
     pub(super) options: Options,
@@ -165,13 +167,13 @@ impl Format for Qcow2 {
 
     fn abilities(&self) -> Abilities {
         // What lies in another file lies there as it is.
-        let external = self.0.state.borrow().header.incompatible & INCOMPATIBLE_DATA_FILE != 0;
+        let external = self.0.geometry.external;
         let packer = || -> Rc<dyn CompressedWrites> { Rc::new(Packer(Rc::clone(&self.0))) };
         Abilities { compress: (!external).then(packer), ..Abilities::default() }
     }
 
     fn data_storage(&self) -> &Storage {
-        &self.0.storage
+        self.0.data_storage()
     }
 
     fn resolve(&self, range: GuestRange, extents: &mut Extents) -> Option<Lease> {
@@ -220,7 +222,7 @@ impl Format for Qcow2 {
             }
             let good = matches!(state.health, Health::Good);
             if good && state.write_outs == 0 && !state.flushes.running && state.is_clean() {
-                return Box::pin(self.0.barrier());
+                return Box::pin(self.0.data_barrier());
             }
         }
         self.0.run(Rc::clone(&self.0).flush())
@@ -251,6 +253,8 @@ impl Format for Qcow2 {
         }
         specific.push(("refcount-bits", InfoValue::Number(geometry.refcount_bits().into())));
         if geometry.version == 3 {
+            specific.extend(header.data_file().map(|name| ("data-file", InfoValue::Text(name))));
+            specific.push(("data-file-raw", InfoValue::Flag(header.data_file_raw())));
             specific.push(("corrupt", InfoValue::Flag(header.corrupt())));
             specific.push(("extended-l2", InfoValue::Flag(geometry.extended)));
         }
@@ -303,11 +307,18 @@ impl Image {
         result
     }
 
-    /// Clears the autoclear bits that this version does not maintain (it maintains none).
+    /// Clears the autoclear bits that this version does not maintain: all but the one of a raw data
+    /// file.
     pub(super) async fn become_writable(&self) -> Result<()> {
-        if self.state.borrow().header.autoclear == 0 {
-            return Ok(());
-        }
-        self.update_header(|header| header.autoclear = 0).await
+        self.writable_data()?;
+        let kept = {
+            let header = &self.state.borrow().header;
+            let kept = if header.has_data_file() { AUTOCLEAR_DATA_FILE_RAW } else { 0 };
+            if header.autoclear & !kept == 0 {
+                return Ok(());
+            }
+            kept
+        };
+        self.update_header(|header| header.autoclear &= kept).await
     }
 }

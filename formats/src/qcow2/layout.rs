@@ -156,6 +156,8 @@ pub(super) struct Geometry {
     pub(super) refcount_order: u32,
     /// Extended L2 entries: 16 bytes, 32 subclusters per cluster.
     pub(super) extended: bool,
+    /// Guest data is in another file.
+    pub(super) external: bool,
 }
 
 impl Geometry {

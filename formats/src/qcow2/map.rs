@@ -64,7 +64,7 @@ impl Walk<'_> {
     fn slice(&mut self, bytes: &[u8], mut at: u64, end: u64) -> u64 {
         let geometry = self.image.geometry;
         let limit = self.state.host_limit();
-        let file_end = self.image.storage.size();
+        let file_end = self.image.data_storage().size().saturating_add(geometry.bias());
         while at < end {
             let cluster = GuestCluster(at >> geometry.cluster_bits);
             let within = at & (geometry.cluster() - 1);
@@ -75,7 +75,7 @@ impl Walk<'_> {
                 Entry::Absent => self.push(len, Mapping::Absent),
                 Entry::ZeroPlain => self.push(len, Mapping::Zero),
                 Entry::ZeroAllocated { host, .. } => {
-                    self.push(len, Mapping::ZeroAllocated(HostOffset::new(host + within)));
+                    self.push(len, Mapping::ZeroAllocated(geometry.place(host + within)));
                 }
                 Entry::Data { host, .. } => self.data(guest, host, host + within, len, file_end),
                 Entry::Sub(subclusters) => self.parts(guest, subclusters, within, len, file_end),
@@ -89,8 +89,9 @@ impl Walk<'_> {
 
     /// Pushes `len` bytes of data at `at` in the host cluster `host`.
     fn data(&mut self, guest: u64, host: u64, at: u64, len: u64, file_end: u64) {
-        if self.state.is_metadata(host) {
-            return self.push_damage(len, Reason::Overlap(host));
+        let cluster = GuestCluster(guest >> self.image.geometry.cluster_bits);
+        if let Err(reason) = self.state.check_place(cluster, host) {
+            return self.push_damage(len, reason);
         }
         // Data is written before its entry is: this is a file that lost its end, and zeroes would
         // be wrong data.
@@ -98,7 +99,7 @@ impl Walk<'_> {
             let error = self.image.error(Reason::DataBeyondEnd(guest, host), "read");
             return self.push(len, Mapping::Damaged(error));
         }
-        self.push(len, Mapping::Data(HostOffset::new(at)));
+        self.push(len, Mapping::Data(self.image.geometry.place(at)));
     }
 
     /// Pushes `len` bytes of a compressed cluster.
@@ -128,7 +129,7 @@ impl Walk<'_> {
                 }
                 Kind::Data => self.data(guest, parts.host, host, run, file_end),
                 Kind::Zero if parts.host != 0 => {
-                    self.push(run, Mapping::ZeroAllocated(HostOffset::new(host)));
+                    self.push(run, Mapping::ZeroAllocated(self.image.geometry.place(host)));
                 }
                 Kind::Zero => self.push(run, Mapping::Zero),
                 Kind::Absent => self.push(run, Mapping::Absent),

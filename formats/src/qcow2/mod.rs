@@ -21,6 +21,7 @@ mod codec;
 mod counts;
 mod create;
 mod create_options;
+mod datafile;
 mod driver;
 mod entry;
 mod extensions;

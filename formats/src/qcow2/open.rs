@@ -15,6 +15,7 @@ use liveblk_engine::lease::Epochs;
 use liveblk_engine::storage::Storage;
 
 use super::cache::{Cache, IntMap};
+use super::datafile::DataPlace;
 use super::header::Header;
 use super::image::Image;
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
@@ -77,7 +78,7 @@ pub(super) async fn read_words(
 
 /// Opens the image.
 pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>> {
-    let OpenImage { core, storage, filename, writable, discard_unmap, .. } = open;
+    let OpenImage { core, storage, filename, writable, discard_unmap, data, .. } = open;
     let options = Options { discard_unmap: options.discard_unmap || discard_unmap, ..options };
     let options = options.with(&open.options);
     let refuse = |fault| Reason::Option(fault).error("open").on(storage.name());
@@ -86,6 +87,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     let name = filename.to_string_lossy().into_owned();
     let checked = header.check_features(writable, &filename);
     checked.map_err(|reason| reason.error("open").on(&name))?;
+    let data = super::datafile::open(&header, &data, &filename).await?;
     let geometry = header.geometry;
     options.check(geometry.version, geometry.cluster()).map_err(refuse)?;
     let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_size) * ENTRY_BYTES);
@@ -104,6 +106,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     let end = if last < sane { file_end.max(last + 1) } else { file_end };
     let state = State {
         geometry,
+        data_place: DataPlace::of(&header, options.discard_unmap),
         header,
         writable,
         health: Health::Good,
@@ -147,6 +150,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         mapped_ahead: Cell::new(None),
         core,
         storage,
+        data,
         filename,
         geometry,
         options,

@@ -220,7 +220,9 @@ impl Entry {
         if let Self::Compressed(packed) = self {
             return Some(packed.run(geometry));
         }
-        self.host().map(|host| Run { start: geometry.host_cluster(host), count: 1 })
+        // Clusters of an external data file are not counted.
+        let host = self.host().filter(|_| !geometry.external);
+        host.map(|host| Run { start: geometry.host_cluster(host), count: 1 })
     }
 }
 

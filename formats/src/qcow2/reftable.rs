@@ -147,7 +147,13 @@ mod tests {
     #[test]
     fn a_move_counts_itself_completely() {
         for (cluster_bits, refcount_order) in [(9, 6), (9, 0), (12, 3), (16, 4), (21, 4)] {
-            let geometry = Geometry { version: 3, cluster_bits, refcount_order, extended: false };
+            let geometry = Geometry {
+                version: 3,
+                cluster_bits,
+                refcount_order,
+                extended: false,
+                external: false,
+            };
             for old in [1, 64, 4096] {
                 let start = old * geometry.block_entries() + 3;
                 let plan = Move::plan(geometry, start, old);

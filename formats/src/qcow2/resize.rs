@@ -7,7 +7,7 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::Result;
+use liveblk_engine::{ErrorKind, Result};
 
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, GuestCluster, Run};
@@ -30,6 +30,7 @@ impl Image {
         }
         if size > old {
             self.zero_behind(old).await?;
+            self.fit_data_file(size).await?;
         }
         let needed = self.geometry.l1_entries(size);
         if needed * ENTRY_BYTES > L1_BYTES_MAX {
@@ -39,7 +40,8 @@ impl Image {
             return self.move_l1(size, needed).await;
         }
         Rc::clone(&self).flush().await?;
-        self.update_header(|header| header.size = size).await
+        self.update_header(|header| header.size = size).await?;
+        self.fit_data_file(size).await
     }
 
     /// Whether no L2 table covers anything from byte `size` on.
@@ -67,7 +69,9 @@ impl Image {
                     let old = entry.subclusters().filter(|old| old.copied && old.allocated != 0);
                     let Some(old) = old else { return Ok(()) };
                     let host = old.host + head;
-                    return self.storage.write_zeroes(host, cluster - head, false).await;
+                    let host = self.geometry.place(host).bytes();
+                    let data = self.data_storage();
+                    return data.write_zeroes(host, cluster - head, false).await;
                 }
                 Lookup::Miss(miss @ Miss::L2Slice(_)) => Rc::clone(self).load(miss).await?,
                 Lookup::Miss(_) => {
@@ -95,12 +99,17 @@ impl Image {
             let clusters = geometry.clusters(u64::from(header.l1_size) * ENTRY_BYTES);
             Run { start: geometry.host_cluster(header.l1_offset), count: clusters }
         };
-        self.update_header(|header| {
+        let moved = self.update_header(|header| {
             header.size = size;
             header.l1_size = u32::try_from(needed).unwrap_or(u32::MAX);
             header.l1_offset = geometry.host(run.start);
-        })
-        .await?;
+        });
+        if let Err(error) = moved.await {
+            if error.kind() == ErrorKind::NoSpace {
+                self.state.borrow_mut().give_back(run);
+            }
+            return Err(error);
+        }
         let mut state = self.state.borrow_mut();
         state.l1.resize(usize::try_from(needed).unwrap_or(0), 0);
         for cluster in old.clusters() {

@@ -9,8 +9,8 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use liveblk_engine::Result;
 use liveblk_engine::format::BackingRef;
+use liveblk_engine::{ErrorKind, Result};
 
 use super::header::Header;
 use super::image::Image;
@@ -38,7 +38,10 @@ impl Image {
 
     async fn write_sector(&self, sector: &liveblk_engine::buf::Buf) -> Result<()> {
         let result = self.storage.write(0, sector.clone(), false).await.map(|_| ());
-        if let Err(error) = &result {
+        // Without space nothing was written: the old header is there.
+        if let Err(error) = &result
+            && error.kind() != ErrorKind::NoSpace
+        {
             self.state.borrow_mut().poison(error);
         }
         result?;
@@ -48,6 +51,9 @@ impl Image {
     /// See `Format::set_backing`.
     pub(super) async fn set_backing(self: Rc<Self>, backing: Option<BackingRef>) -> Result<()> {
         self.state.borrow().check_writable()?;
+        if backing.is_some() {
+            self.check_backing_allowed()?;
+        }
         // What the new reference relies on is durable before the reference is.
         Rc::clone(&self).flush().await?;
         let _writes = self.header_writes.lock().await;

@@ -9,6 +9,7 @@ use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::cache::{Cache, IntMap};
 use super::counts;
+use super::datafile::DataPlace;
 use super::entry::{Entry, RawEntry};
 use super::header::Header;
 use super::layout::{
@@ -141,6 +142,7 @@ pub(super) struct FlushRuns {
 pub(super) struct State {
     pub(super) geometry: Geometry,
     pub(super) header: Header,
+    pub(super) data_place: DataPlace,
     pub(super) writable: bool,
     pub(super) health: Health,
     pub(super) l1: Vec<u64>,
@@ -195,6 +197,10 @@ impl State {
 
     /// Host offsets at or beyond this are nonsense.
     pub(super) fn host_limit(&self) -> u64 {
+        if self.geometry.external {
+            // The only right place follows from the guest's offset.
+            return u64::MAX;
+        }
         let end = self.allocator.end << self.geometry.cluster_bits;
         end.saturating_add(BEYOND_END_MAX)
     }
@@ -261,14 +267,19 @@ impl State {
             let raw = RawEntry::load(bytes, index, self.geometry);
             return Err(Reason::BadEntry("L2", guest, raw.word));
         }
-        let hit = match entry {
-            Entry::Compressed(packed) => self.metadata_in(packed),
-            entry => entry.host().filter(|host| self.is_metadata(*host)),
-        };
-        match hit {
-            Some(host) => Err(Reason::Overlap(host)),
-            _ => Ok(Lookup::Entry(entry)),
+        match entry {
+            Entry::Compressed(packed) => {
+                if let Some(host) = self.metadata_in(packed) {
+                    return Err(Reason::Overlap(host));
+                }
+            }
+            entry => {
+                if let Some(host) = entry.host() {
+                    self.check_place(cluster, host)?;
+                }
+            }
         }
+        Ok(Lookup::Entry(entry))
     }
 
     /// Whether the cluster at byte `host` holds metadata.

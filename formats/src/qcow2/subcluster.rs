@@ -100,8 +100,13 @@ fn index(geometry: Geometry, within: u64) -> u32 {
 mod tests {
     use super::*;
 
-    const GEOMETRY: Geometry =
-        Geometry { version: 3, cluster_bits: 17, refcount_order: 4, extended: true };
+    const GEOMETRY: Geometry = Geometry {
+        version: 3,
+        cluster_bits: 17,
+        refcount_order: 4,
+        extended: true,
+        external: false,
+    };
     const PLAIN: Geometry = Geometry { extended: false, ..GEOMETRY };
 
     #[test]

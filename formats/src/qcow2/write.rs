@@ -106,13 +106,17 @@ impl Image {
             Plan::InPlace { host, clusters } => {
                 let len = range.len.min(clusters * geometry.cluster() - head);
                 let guard = WriteGuard::in_place(Some(self.epochs.lease()));
-                let host = HostOffset::new(host + head);
+                let host = geometry.place(host + head);
                 let fill = Fill::Zero;
                 return WriteStep::Ready(WritePiece { len, host, head: 0, tail: 0, fill, guard });
             }
             Plan::Reuse { old, clusters } => {
                 let start = geometry.host_cluster(old.host);
                 (Run { start, count: clusters }, old, None, None)
+            }
+            Plan::Allocate { old, clusters, copy, .. } if geometry.external => {
+                let first = GuestCluster(range.start.bytes() >> geometry.cluster_bits);
+                (geometry.identity(first, clusters), old, copy, None)
             }
             Plan::Allocate { old, clusters, copy, freed } => {
                 let Some(run) = state.take_clusters(clusters) else {
@@ -135,7 +139,7 @@ impl Image {
         let end: Rc<dyn WriteEnd> = Rc::<Self>::clone(self);
         WriteStep::Ready(WritePiece {
             len,
-            host: HostOffset::new(geometry.host(run.start) + head),
+            host: geometry.place(geometry.host(run.start) + head),
             head: head - shape.from,
             tail: shape.to - (head + len),
             fill: copy.unwrap_or(shape.fill),
@@ -174,7 +178,7 @@ impl State {
                 Plan::InPlace { host, clusters: self.run_of(first, count, entry) }
             }
             Entry::Data { host, copied: false } => {
-                let copy = Some(Fill::Old(HostOffset::new(host)));
+                let copy = Some(Fill::Old(geometry.place(host)));
                 Plan::Allocate { old, clusters: 1, copy, freed }
             }
             _ if old.host == 0 => {
@@ -271,7 +275,7 @@ impl WriteEnd for Image {
             let mut state = self.state.borrow_mut();
             match state.end_pending(token) {
                 Some(PendingWrite { packed: Some(packed), .. }) => state.give_back_packed(packed),
-                Some(write) if write.fresh => state.give_back(write.run),
+                Some(write) if write.fresh && !self.geometry.external => state.give_back(write.run),
                 _ => {}
             }
         }

@@ -7,10 +7,11 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::address::{GuestRange, HostOffset};
+use liveblk_engine::address::GuestRange;
 use liveblk_engine::format::{MissId, WriteGuard, ZeroMode, ZeroStep};
 use liveblk_engine::{Error, ErrorKind, Result};
 
+use super::datafile::ZeroData;
 use super::entry::Entry;
 use super::image::Image;
 use super::layout::GuestCluster;
@@ -20,7 +21,7 @@ use crate::limits::ZERO_CLUSTERS_MAX;
 use crate::reason::Reason;
 
 /// What happens with the start of a range.
-enum Plan {
+pub(super) enum Plan {
     Done { len: u64 },
     Storage { len: u64, host: u64 },
     Write { len: u64 },
@@ -53,7 +54,7 @@ impl Image {
             Plan::Wait(cluster) => ZeroStep::Wait(MissId(cluster.0)),
             Plan::Storage { len, host } => {
                 let guard = WriteGuard::in_place(Some(self.epochs.lease()));
-                ZeroStep::Storage { len, host: HostOffset::new(host), guard }
+                ZeroStep::Storage { len, host: self.geometry.place(host), guard }
             }
         })
     }
@@ -61,6 +62,11 @@ impl Image {
 
 impl State {
     fn plan_zero(&mut self, range: GuestRange, mode: ZeroMode) -> Result<Plan, Reason> {
+        let range = match self.plan_zero_data(range, mode)? {
+            None => range,
+            Some(ZeroData::Metadata(part)) => part,
+            Some(ZeroData::Plan(plan)) => return Ok(plan),
+        };
         let geometry = self.geometry;
         let (cluster, sub) = (geometry.cluster(), geometry.subcluster());
         let first = GuestCluster(range.start.bytes() >> geometry.cluster_bits);
@@ -115,7 +121,7 @@ impl State {
             new = Subclusters { host: 0, copied: false, ..new };
         }
         if self.set_entry(at, Entry::of(new)) && new.host != old.host {
-            self.unlink(self.geometry.host_cluster(old.host));
+            self.unlink_data(old.host);
         }
         Ok(Plan::Done { len })
     }
@@ -157,7 +163,7 @@ impl State {
     }
 
     /// How many clusters from `at` to the end of its slice have no L2 table.
-    fn unmapped_from(&self, at: GuestCluster) -> u64 {
+    pub(super) fn unmapped_from(&self, at: GuestCluster) -> u64 {
         let slice = self.geometry.slice_of(at);
         match self.l2_table(self.geometry.l1_of_slice(slice)) {
             Ok(Table::None) => (slice + 1) * self.geometry.slice_entries() - at.0,
@@ -190,7 +196,7 @@ impl State {
         };
         let changed = self.set_entry(at, new);
         if changed && !kept && old.host != 0 {
-            self.unlink(self.geometry.host_cluster(old.host));
+            self.unlink_data(old.host);
         }
         changed
     }

@@ -52,7 +52,7 @@ fn bad_headers_are_refused_with_the_peers_texts() {
         (20, &be32(u32::MAX), "Unsupported cluster size: 2^4294967295"),
         (72, &be64(1 << 8), "Unsupported qcow2 feature(s): Unknown incompatible feature: 100"),
         (72, &be64(2), "qcow2: Image is corrupt; cannot be opened read/write"),
-        (72, &be64(4), "Unsupported qcow2 feature(s): external data file"),
+        (72, &be64(4), "'data-file' is required for this image"),
         (72, &be64(8), "qcow2: Compression type incompatible feature bit must not be set"),
         (96, &be32(7), "Reference count entry width too large; may not exceed 64 bits"),
         (100, &be32(0x60), "qcow2 header too short"),

@@ -3,6 +3,7 @@
 mod created;
 mod cuts;
 mod damage;
+mod external;
 mod failures;
 mod model;
 mod mover;

@@ -9,11 +9,11 @@ use std::rc::Rc;
 
 use liveblk_engine::driver::sim::{FsConfig, Rng, Sim, SimConfig};
 use liveblk_engine::executor::{Class, Core};
-use liveblk_engine::format::ZeroMode;
+use liveblk_engine::format::{InfoValue, ZeroMode};
 
 use super::mover::{Disk, file, open};
 use super::peer;
-use crate::qcow2::{CreateOptions, check, create};
+use crate::qcow2::{CreateOptions, check, create_with_data};
 
 const SECTOR: u64 = 512;
 const PATH: &str = "/image";
@@ -200,10 +200,17 @@ async fn verify(core: Core, model: Rc<RefCell<Model>>, below: bool, clean: bool)
     assert!(!clean || report.leaks == 0, "{:?}", report.problems);
     let mut disk = open(&core, storage, false).await.expect("opens");
     disk.below = if below { below_byte } else { nothing };
+    let raw = ("data-file-raw", InfoValue::Flag(true));
+    let raw = disk.format.info().specific.contains(&raw);
     let sectors = model.borrow().sectors.len() as u64;
     for first in (0..sectors).step_by(256) {
         let count = 256.min(sectors - first);
         let bytes = disk.read(first * SECTOR, count * SECTOR).await.expect("reads");
+        if raw {
+            let buf = core.pool().alloc(bytes.len());
+            disk.format.data_storage().read(first * SECTOR, buf.clone()).await.unwrap();
+            assert!(buf.to_vec() == bytes, "the data file is a raw image of the disk");
+        }
         for (sector, bytes) in (first..).zip(bytes.chunks(SECTOR as usize)) {
             let value = value_of(bytes);
             let versions = &mut model.borrow_mut().sectors[sector as usize];
@@ -227,6 +234,10 @@ fn options(rng: &mut Rng, size: u64, below: bool) -> CreateOptions {
         options.cluster_size = 1 << [14, 14, 15, 17][(rng.bits() % 4) as usize];
         options.extended_l2 = true;
     }
+    if options.version == 3 && rng.bits().is_multiple_of(4) {
+        options.data_file = Some("image.data".to_owned());
+        options.data_file_raw = !below && rng.bits().is_multiple_of(2);
+    }
     options
 }
 
@@ -239,9 +250,14 @@ fn run_seed(seed: u64) {
     println!("seed {seed}: {options:?} below: {below}");
     let mut sim = Sim::new(SimConfig { fs: FsConfig::default(), ..SimConfig::new(seed).calm() });
     sim.fs().create(PATH, &[]);
+    sim.fs().create(peer::DATA_FILE, &[]);
     sim.block_on(0, |core| async move {
         let storage = file(&core, PATH, false).await;
-        create(&core, &storage, options).await.expect("is created");
+        let data = match &options.data_file {
+            Some(_) => Some(file(&core, peer::DATA_FILE, false).await),
+            None => None,
+        };
+        create_with_data(&core, &storage, data.as_ref(), options).await.expect("is created");
     });
     let mut fs = sim.crash();
     let model = Rc::new(RefCell::new(Model::new(size / SECTOR, below)));

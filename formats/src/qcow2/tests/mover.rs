@@ -9,8 +9,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::driver::sim::{Sim, SimConfig};
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
-    DataSource, Driver, Extents, Fill, Format, FormatOptions, Mapping, OpenImage, WriteStep,
-    ZeroMode, ZeroStep,
+    DataSource, Driver, Extents, Fill, Format, FormatOptions, Mapping, OpenData, OpenImage,
+    WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::storage::{File, FileOptions, Storage};
 
@@ -42,6 +42,19 @@ pub(super) async fn file(core: &Core, path: &str, create_new: bool) -> Storage {
     Storage::File(File::open(core, options).await.expect("the file opens"))
 }
 
+/// Opens data files by their names, in the root folder of the world.
+fn data_file_opener(core: &Core) -> OpenData {
+    let core = core.clone();
+    Rc::new(move |reference| {
+        let core = core.clone();
+        Box::pin(async move {
+            let path = PathBuf::from("/").join(reference.file);
+            let options = FileOptions { path, writable: true, ..FileOptions::default() };
+            Ok(Storage::File(File::open(&core, options).await?))
+        })
+    })
+}
+
 /// Opens the image in `storage`.
 pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Result<Disk> {
     let filename = PathBuf::from(storage.name());
@@ -52,7 +65,7 @@ pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Resul
         filename,
         writable,
         discard_unmap: true,
-        data: DataSource::None,
+        data: DataSource::FromHeader(data_file_opener(&core)),
         options: FormatOptions::new(),
         raw_offset: 0,
         raw_size: None,

@@ -9,6 +9,9 @@ use liveblk_engine::format::{BackingRef, ZeroMode};
 use super::mover::{calm, file, open};
 use crate::qcow2::{CreateOptions, check, create};
 
+/// The data file of a simulated world, which images know as `image.data`.
+pub(super) const DATA_FILE: &str = "/image.data";
+
 /// Runs a tool of the peer; its output, or a panic with it.
 pub(super) fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
@@ -28,7 +31,10 @@ pub(super) fn check_exported(fs: &SimFs, path: &str) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let target = folder.path().join("image");
     fs.export(path, &target).expect("is exported");
+    // Its data file, if it has one.
+    let _ = fs.export(DATA_FILE, folder.path().join("image.data"));
     let output = Command::new("qemu-img")
+        .current_dir(folder.path())
         .args(["check", "-f", "qcow2", text(&target)])
         .output()
         .expect("qemu-img is needed");
