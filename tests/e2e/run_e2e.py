@@ -35,6 +35,12 @@ def options_of(argv):
     parser.add_argument("--minutes", type=float, default=0, help="repeat until N minutes are over")
     parser.add_argument("--as-ours", action="store_true",
                         help="hold the daemon to everything that only liveblkd promises")
+    parser.add_argument("--liveblk", help="the program `liveblk`; default: beside the daemon")
+    parser.add_argument("--matrix-seconds", type=float, default=60,
+                        help="how long new images are made for the matrix of `liveblk img`")
+    parser.add_argument("--matrix-seed", type=int, help="replay one image of the matrix")
+    parser.add_argument("--matrix-problems", type=int, default=1,
+                        help="end the matrix after so many problems")
     parser.add_argument("--tmp", default=None, help="folder for the images of the tests")
     return parser.parse_args(argv)
 

@@ -73,6 +73,13 @@ class World:
         self.guests.append(guest)
         return await guest.start()
 
+    def liveblk(self):
+        """The program `liveblk`: named on the command line, or built beside the daemon."""
+        path = self.options.liveblk or os.path.join(os.path.dirname(self.kind.path), "liveblk")
+        if not os.access(path, os.X_OK):
+            raise AssertionError(f"{path} is missing: build it, or name it with --liveblk")
+        return os.path.abspath(path)
+
     async def tmpfs(self, size):
         folder, undo = await faults.tmpfs(self.path(f"tmpfs{len(self.undo)}"), size)
         self.undo.append(undo)
