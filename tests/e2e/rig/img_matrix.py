@@ -106,6 +106,8 @@ class ImageWorld:
         self.snapshots = {}
         self.history = []
         self.counts = {}
+        # clusters that may be allocated: the peer writes no compressed cluster over one
+        self.touched = set()
 
     async def img(self, side, *words, check=True):
         argv = [*side.img, words[0], *words[1:]]
@@ -160,10 +162,16 @@ class ImageWorld:
             if self.params.compression != "none":
                 kinds += ["compressed", "compressed"]
             kind = self.rng.choice(kinds)
-            self.counts[kind] = self.counts.get(kind, 0) + 1
             at, length = self.some_range(kind in ("compressed", "discard")
                                          or self.rng.random() < 0.4)
             byte = self.rng.randrange(1, 256)
+            clusters = range(at // self.params.cluster, -(-(at + length) // self.params.cluster))
+            if kind == "compressed" and side is self.peer and (
+                    self.params.preallocation != "off" or not self.touched.isdisjoint(clusters)):
+                kind = "write"
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            if kind != "discard":
+                self.touched.update(clusters)
             if kind in ("write", "compressed"):
                 flag = "-c " if kind == "compressed" else ""
                 commands.append(f"write {flag}-P {byte} {at} {length}")
