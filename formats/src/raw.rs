@@ -11,13 +11,14 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
     Abilities, BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo,
-    LocalFuture, Mapping, MissId, OpenImage, PackedCluster, Preallocation, Resize, WriteGuard,
-    WritePiece, WriteStep, ZeroMode, ZeroStep,
+    InfoValue, LocalFuture, Mapping, MissId, OpenImage, PackedCluster, Preallocation, Resize,
+    WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::Lease;
 use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
+use crate::create_reason::CreateReason;
 use crate::limits::TABLE_PIECE;
 use crate::reason::Reason;
 
@@ -219,7 +220,7 @@ impl Driver for RawDriver {
 
     fn create(
         &self,
-        _: Core,
+        core: Core,
         storage: Storage,
         create: CreateImage,
     ) -> LocalFuture<'static, Result<()>> {
@@ -228,9 +229,37 @@ impl Driver for RawDriver {
                 let reason = Reason::NoBackingSupport("raw");
                 return Err(reason.error("create").on(storage.name()));
             }
+            let preallocation = preallocation(&create);
+            let preallocation = preallocation
+                .map_err(|reason| Reason::Create(reason).error("create").on(storage.name()))?;
             storage.truncate(0).await?;
-            storage.truncate(create.size).await?;
+            let writable = Cell::new(true);
+            let raw = Raw { core, storage: storage.clone(), offset: 0, fixed: None, writable };
+            if create.size > 0 {
+                raw.resize_with(Resize { preallocation, ..Resize::to(create.size) }).await?;
+            }
             storage.flush().await
         })
     }
+}
+
+/// The one option of a raw image.
+fn preallocation(create: &CreateImage) -> Result<Preallocation, CreateReason> {
+    let mut mode = Preallocation::Off;
+    for (name, value) in &create.options {
+        mode = match (name.as_str(), value) {
+            ("preallocation", InfoValue::Text(text)) => match text.as_str() {
+                "off" => Preallocation::Off,
+                "metadata" => Preallocation::Metadata,
+                "falloc" => Preallocation::Falloc,
+                "full" => Preallocation::Full,
+                other => {
+                    let value = other.to_owned();
+                    return Err(CreateReason::Value { option: "preallocation", value });
+                }
+            },
+            _ => return Err(CreateReason::Unknown(name.clone())),
+        };
+    }
+    Ok(mode)
 }

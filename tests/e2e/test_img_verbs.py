@@ -279,7 +279,7 @@ BAD = [
     (["foo"], "foo"), (["create"], "FILENAME"), (["create", "NEW"], "size"),
     (["create", "-f", "qcow2", "NEW", "10X"], "10X"), (["create", "NEW", "--", "-5"], "between 0"),
     (["create", "-f", "vmdk", "NEW", "1M"], "vmdk"), (["create", "NEW", "16E"], "between 0"),
-    (["create", "-f", "qcow2", "NEW", "7E"], "too large"),
+    (["create", "-f", "qcow2", "NEW", "7E"], "too large"), (["create", "NEW", "8E"], "between 0"),
     (["create", "-f", "qcow2", "NEW", "1M", "2M"], "2M"),
     (["create", "-f", "qcow2", "-o", "foo=1", "NEW", "1M"], "'foo'"),
     (["create", "-f", "qcow2", "-o", "cluster_size=3k", "NEW", "1M"], "power of two"),

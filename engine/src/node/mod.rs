@@ -23,6 +23,7 @@ mod packed;
 mod path;
 mod plain;
 mod request;
+mod resize;
 mod status;
 mod transfer;
 mod users;

@@ -253,8 +253,10 @@ impl Format for Qcow2 {
         }
         specific.push(("refcount-bits", InfoValue::Number(geometry.refcount_bits().into())));
         if geometry.version == 3 {
-            specific.extend(header.data_file().map(|name| ("data-file", InfoValue::Text(name))));
-            specific.push(("data-file-raw", InfoValue::Flag(header.data_file_raw())));
+            if let Some(name) = header.data_file() {
+                specific.push(("data-file", InfoValue::Text(name)));
+                specific.push(("data-file-raw", InfoValue::Flag(header.data_file_raw())));
+            }
             specific.push(("corrupt", InfoValue::Flag(header.corrupt())));
             specific.push(("extended-l2", InfoValue::Flag(geometry.extended)));
         }

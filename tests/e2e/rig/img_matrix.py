@@ -55,7 +55,7 @@ class Params:
         self.size = min(self.size, 8 * MIB)
         self.size += rng.choice([0, 0, 512, self.cluster // 2]) // 512 * 512
 
-    def options(self):
+    def options(self, folder):
         words = [f"cluster_size={self.cluster}", f"compat=v{self.version}"]
         if self.version == 3:
             words += [f"refcount_bits={self.refcount_bits}",
@@ -66,7 +66,7 @@ class Params:
         if self.preallocation != "off":
             words.append(f"preallocation={self.preallocation}")
         if self.data_file != "no":
-            words.append("data_file=image.data")
+            words.append(f"data_file={folder}/image.data")
             words.append(f"data_file_raw={'on' if self.data_file == 'raw' else 'off'}")
         return ",".join(words)
 
@@ -116,7 +116,7 @@ class ImageWorld:
     # -- creation -----------------------------------------------------------------------------
     async def create(self):
         params = self.params
-        words = ["create", "-q", "-f", "qcow2", "-o", params.options()]
+        words = ["create", "-q", "-f", "qcow2", "-o", params.options(self.folder)]
         if params.backing != "no":
             size = {"same": params.size, "shorter": params.size // 2 // 512 * 512,
                     "longer": params.size + 3 * params.cluster}[params.backing]

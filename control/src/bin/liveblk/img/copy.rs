@@ -86,6 +86,8 @@ struct Flight {
     /// Writes with offset and length.
     writes: VecDeque<(u64, u64, Receipt)>,
     written: u64,
+    /// Where the next piece of data may begin: what lies before is planned.
+    reached: u64,
 }
 
 impl Copy<'_> {
@@ -94,7 +96,8 @@ impl Copy<'_> {
     /// # Errors
     /// The first failure, with its place.
     pub(crate) async fn run(&self) -> Result<u64, Failure> {
-        let mut flight = Flight { reads: VecDeque::new(), writes: VecDeque::new(), written: 0 };
+        let mut flight =
+            Flight { reads: VecDeque::new(), writes: VecDeque::new(), written: 0, reached: 0 };
         let copied = self.copy_all(&mut flight).await;
         // Whatever happened, nothing is left behind in flight.
         let mut result = copied;
@@ -147,10 +150,24 @@ impl Copy<'_> {
                 self.progress.at(start + from + run.len);
                 Ok(())
             }
-            Duty::Zero => self.zero(flight, start + from, run.len).await,
+            Duty::Zero => {
+                let end = start + from + run.len;
+                let at = (start + from).max(flight.reached).min(end);
+                self.zero(flight, at, end - at).await
+            }
             Duty::Data => {
                 let unit = self.unit();
-                for (at, len) in pieces::split(start + from, run.len, unit) {
+                let (at, end) = (start + from, start + from + run.len);
+                let last = start + source::sectors(node.size());
+                // Only whole clusters can be compressed: take what the source has around the run.
+                let (at, end) = match self.compress {
+                    true => (at / unit * unit, end.next_multiple_of(unit)),
+                    false => (at, end),
+                };
+                let at = at.max(flight.reached).max(start);
+                let end = end.min(last).max(at);
+                flight.reached = end;
+                for (at, len) in pieces::split(at, end - at, unit) {
                     if flight.reads.len() >= self.window {
                         self.advance(flight).await?;
                     }

@@ -7,6 +7,7 @@
 use std::rc::Rc;
 
 use clap::Args;
+use liveblk::engine::format::Preallocation;
 use liveblk::engine::node::Origin;
 use liveblk::{Host, Node, WriteFlags, ZeroFlags};
 
@@ -103,7 +104,7 @@ impl Command<'_> {
             "write" => self.write(host, node, at, len).await?,
             "read" => self.read(host, node, at, len).await?,
             "discard" => node.discard(at, len, Origin::External).await?,
-            "truncate" => node.format().resize(at).await?,
+            "truncate" => node.resize(at, Preallocation::Off).await?,
             "flush" => node.flush(Origin::External).await?,
             _ => return Ok(node.size().to_string()),
         }

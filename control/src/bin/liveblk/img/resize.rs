@@ -2,6 +2,7 @@
 
 use clap::Args;
 use liveblk::Host;
+use liveblk::engine::format::Preallocation;
 use liveblk::engine::node::Origin;
 use serde_json::json;
 
@@ -46,16 +47,17 @@ enum Wish {
 /// Resizes.
 pub(crate) async fn run(host: &Host, options: ResizeOptions) -> Answer {
     let wish = wish(&options.size)?;
-    match options.preallocation.as_str() {
-        "off" => {}
-        "metadata" | "falloc" | "full" => {
+    let preallocation = match options.preallocation.as_str() {
+        "off" => Preallocation::Off,
+        "metadata" => Preallocation::Metadata,
+        "falloc" => Preallocation::Falloc,
+        "full" => Preallocation::Full,
+        other => {
             return Err(Failure::new(format!(
-                "Preallocation mode '{}' is not supported when an image grows (there is: off)",
-                options.preallocation
+                "Invalid preallocation mode '{other}' (there are off, metadata, falloc and full)"
             )));
         }
-        other => return Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
-    }
+    };
     let wanted = Wanted { format: options.format.as_deref(), writable: true, ..Wanted::default() };
     let node = source::open(host, &options.filename, wanted).await?;
     let old = node.size();
@@ -78,15 +80,11 @@ pub(crate) async fn run(host: &Host, options: ResizeOptions) -> Answer {
     let failed = |error: liveblk::Error| {
         Failure::new(format!("{}: Could not resize file: {error}", options.filename))
     };
-    if new != old {
-        node.format().resize(new).await.map_err(failed)?;
+    if new <= old && preallocation != Preallocation::Off {
+        return Err(Failure::new("Preallocation can only be used for growing images"));
     }
-    let below = node.backing().map_or(0, |backing| backing.size());
-    if new > old && below > old {
-        // What the image below holds behind the old end must not come to light.
-        let zeroes =
-            node.write_zeroes(old, below.min(new) - old, Default::default(), Origin::External);
-        zeroes.await.map_err(failed)?;
+    if new != old {
+        node.resize(new, preallocation).await.map_err(failed)?;
     }
     node.flush(Origin::External).await.map_err(failed)?;
     host.graph().remove(&node).await.map_err(failed)?;

@@ -1,7 +1,8 @@
 //! Sizes on command lines and for people, in qemu-img's forms.
 //!
 //! Read: a decimal number with an optional fraction and an optional suffix (b or B: bytes; k, M, G,
-//! T, P, E: powers of 1024), or a hexadecimal number without one. Shown: three digits and a binary
+//! T, P, E: powers of 1024), or a hexadecimal number without one; what is beyond 64 bits is read as
+//! the largest number, for the caller to refuse. Shown: three digits and a binary
 //! unit.
 
 /// The largest size that is taken, in bytes.
@@ -11,7 +12,7 @@ pub(crate) const SIZE_MAX: u64 = i64::MAX as u64;
 pub(crate) fn parse(text: &str) -> Option<u64> {
     if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         let hex = !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
-        return hex.then(|| u64::from_str_radix(digits, 16).ok()).flatten();
+        return hex.then(|| u64::from_str_radix(digits, 16).unwrap_or(u64::MAX));
     }
     let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = shift_of(text.get(number.len()..)?)?;
@@ -32,8 +33,9 @@ pub(crate) fn parse(text: &str) -> Option<u64> {
     if whole.is_empty() && number.len() < 2 {
         return None;
     }
-    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().ok()? };
-    whole.checked_mul(1 << shift)?.checked_add(fraction)
+    // More than there can be is the most there can be: a range is what the caller checks.
+    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().unwrap_or(u64::MAX) };
+    Some(whole.saturating_mul(1 << shift).saturating_add(fraction))
 }
 
 fn shift_of(suffix: &str) -> Option<u32> {
@@ -108,32 +110,15 @@ mod tests {
             ("1M", 1 << 20),
             ("7E", 7 << 60),
             ("1.5T", 3 << 39),
-            ("18446744073709551615", u64::MAX),
+            ("18446744073709551616", u64::MAX),
+            ("16E", u64::MAX),
         ];
         for (text, bytes) in good {
             assert_eq!(parse(text), Some(bytes), "{text}");
         }
         let bad = [
-            "",
-            "1.5",
-            "1.5b",
-            "1kk",
-            "0x1k",
-            "0x",
-            "k",
-            ".",
-            ".k",
-            "-1",
-            "+1",
-            "1 ",
-            "1x",
-            "1.2.3",
-            "16E",
-            "18446744073709551616",
-            "\u{e9}",
-            "1\u{e9}",
-            "99999999999999999999k",
-            "1e5",
+            "", "1.5", "1.5b", "1kk", "0x1k", "0x", "k", ".", ".k", "-1", "+1", "1 ", "1x",
+            "1.2.3", "\u{e9}", "1\u{e9}", "1e5",
         ];
         for text in bad {
             assert_eq!(parse(text), None, "{text}");
