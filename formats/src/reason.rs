@@ -122,8 +122,6 @@ pub enum Reason {
     TableFull,
     /// The new size is not a multiple of 512.
     SizeAlignment,
-    /// Shrinking would have to free clusters.
-    Shrink,
     /// Options of a new image that cannot be, or do not go together.
     Create(CreateReason),
     /// The backing name does not fit in the header.
@@ -190,7 +188,6 @@ impl Reason {
             | Self::Encrypted(_)
             | Self::Encryption(_)
             | Self::Dirty(_)
-            | Self::Shrink
             | Self::SnapshotDataFile
             | Self::ResizeSnapshots
             | Self::ZeroNewClusters
@@ -265,7 +262,6 @@ impl Reason {
             Self::SizeTooBig => "Image is too big",
             Self::L1Small => "L1 table is too small",
             Self::TableFull => "qcow2: The refcount table cannot grow any further",
-            Self::Shrink => "qcow2: Shrinking would discard allocated clusters: not supported",
             Self::SnapshotNotFound => "snapshot not found",
             Self::SnapshotDataFile => {
                 "Images with an external data file cannot have internal snapshots"

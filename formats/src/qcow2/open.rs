@@ -20,6 +20,8 @@ use super::header::Header;
 use super::image::Image;
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
 use super::options::Options;
+use super::snapshot::claim_snapshots;
+use super::snapshot_table;
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
 use super::unpack::Unpacked;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
@@ -98,7 +100,9 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     let l1 = read_words(&core, &storage, header.l1_offset, header.l1_size.into()).await?;
     let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
     let reftable = read_words(&core, &storage, header.reftable_offset, entries).await?;
-    let metadata = metadata_of(&header, &l1, &reftable);
+    let snapshots = snapshot_table::load(&core, &storage, &header).await?;
+    let mut metadata = metadata_of(&header, &l1, &reftable);
+    claim_snapshots(&mut metadata, geometry, header.snapshots_offset, &snapshots, storage.size());
     let last = metadata.keys().copied().max().unwrap_or(0);
     let file_end = geometry.clusters(storage.size());
     // Absurd table entries must not move the end; using them gives an error anyway.
@@ -127,6 +131,8 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         quarantine: VecDeque::new(),
         released: Vec::new(),
         flushes: FlushRuns { started: 0, finished: 0, running: false, own: false, result: Ok(()) },
+        frozen: 0,
+        snapshots,
         write_outs: 0,
         #[cfg(feature = "planted-bugs")]
         reuses_at_once: liveblk_engine::planted::has(
@@ -140,6 +146,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         me: me.clone(),
         growth: Mutex::new(&core, ()),
         tables: Mutex::new(&core, ()),
+        frees: Mutex::new(&core, ()),
         header_writes: Mutex::new(&core, ()),
         pending_ended: Notify::new(&core),
         loaded: Notify::new(&core),
@@ -156,6 +163,12 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         options,
         epochs: Epochs::new(),
         state: RefCell::new(state),
+    });
+    let me = image.me.clone();
+    image.epochs.on_quiesced(move || {
+        if let Some(image) = me.upgrade() {
+            image.pending_ended.notify_all();
+        }
     });
     if writable {
         image.become_writable().await?;
