@@ -8,10 +8,7 @@ use liveblk_engine::Result;
 
 use super::entry::{Entry, RawEntry};
 use super::image::Image;
-use super::layout::{
-    COMPRESSED, COPIED, ENTRY_BYTES, Geometry, HostCluster, OFFSET_MASK,
-    Run,
-};
+use super::layout::{COMPRESSED, COPIED, ENTRY_BYTES, Geometry, HostCluster, OFFSET_MASK, Run};
 use super::open::{read, read_words};
 use super::snapshot_table::Snapshot;
 use super::state::Meta;

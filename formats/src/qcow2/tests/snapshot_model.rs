@@ -1,8 +1,8 @@
 //! Random work with snapshots and changes of size on one image, with power cuts, against a model.
 //!
 //! The model keeps, per sector of the disk and of each snapshot, the values that it may hold now
-//! and those that it may hold after a cut. A change of the tables that a cut interrupted has happened
-//! or not, as a whole. A seed that fails is printed; `LIVEBLK_SEED` replays it.
+//! and those that it may hold after a cut. A change of the tables that a cut interrupted has
+//! happened or not, as a whole. A seed that fails is printed; `LIVEBLK_SEED` replays it.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
