@@ -74,3 +74,18 @@ pub const UNPACKED_BYTES: u64 = 4 << 20;
 
 /// Unpacked clusters that one image keeps.
 pub const UNPACKED_CLUSTERS: usize = 64;
+
+/// The largest snapshot table in bytes (as the peer's).
+pub const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
+
+/// The most extra data of a snapshot table entry in bytes (as the peer's).
+pub const SNAPSHOT_EXTRA_MAX: u64 = 1024;
+
+/// The longest id or name of a snapshot in bytes (a 16-bit field).
+pub const SNAPSHOT_TEXT_MAX: usize = 65_535;
+
+/// Bytes of one read of the snapshot table.
+pub const SNAPSHOT_WINDOW: u64 = 64 << 10;
+
+/// Runs of freed clusters that one change of all tables gives back to the storage at most.
+pub const SWITCH_PUNCH_RUNS_MAX: usize = 65_536;

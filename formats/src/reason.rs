@@ -122,8 +122,6 @@ pub enum Reason {
     TableFull,
     /// The new size is not a multiple of 512.
     SizeAlignment,
-    /// Shrinking would have to free clusters.
-    Shrink,
     /// Options of a new image that cannot be, or do not go together.
     Create(CreateReason),
     /// The backing name does not fit in the header.
@@ -190,7 +188,6 @@ impl Reason {
             | Self::Encrypted(_)
             | Self::Encryption(_)
             | Self::Dirty(_)
-            | Self::Shrink
             | Self::SnapshotDataFile
             | Self::ResizeSnapshots
             | Self::ZeroNewClusters
@@ -265,7 +262,6 @@ impl Reason {
             Self::SizeTooBig => "Image is too big",
             Self::L1Small => "L1 table is too small",
             Self::TableFull => "qcow2: The refcount table cannot grow any further",
-            Self::Shrink => "qcow2: Shrinking would discard allocated clusters: not supported",
             Self::SnapshotNotFound => "snapshot not found",
             Self::SnapshotDataFile => {
                 "Images with an external data file cannot have internal snapshots"
@@ -314,18 +310,6 @@ impl Reason {
                      {host:#x}, beyond the end of the file"
             ),
             Self::TableOffset(table) => write!(f, "{table} offset invalid"),
-            Self::SnapshotExtra(index) => {
-                write!(f, "Too much extra metadata in snapshot table entry {index}")
-            }
-            Self::SnapshotEntry(index) => {
-                write!(f, "qcow2: Image is corrupt: snapshot table entry {index} cannot be")
-            }
-            Self::RefcountOverflow(bits, host) => write!(
-                f,
-                "A refcount of {bits} bit(s) cannot count another reference to the cluster at \
-                     {host:#x}; delete a snapshot, or convert to an image with wider refcounts"
-            ),
-            Self::PreallocationMode(mode) => write!(f, "Unsupported preallocation mode: {mode}"),
             Self::CannotUnpack(guest, host, why) => write!(
                 f,
                 "The compressed cluster at guest offset {guest:#x} (host offset {host:#x}) cannot \
@@ -354,6 +338,24 @@ impl Reason {
                 "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
                      the  actual size of the containing file ({file})"
             ),
+            other => other.fmt_snapshot(f),
+        }
+    }
+
+    fn fmt_snapshot(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SnapshotExtra(index) => {
+                write!(f, "Too much extra metadata in snapshot table entry {index}")
+            }
+            Self::SnapshotEntry(index) => {
+                write!(f, "qcow2: Image is corrupt: snapshot table entry {index} cannot be")
+            }
+            Self::RefcountOverflow(bits, host) => write!(
+                f,
+                "A refcount of {bits} bit(s) cannot count another reference to the cluster at \
+                     {host:#x}; delete a snapshot, or convert to an image with wider refcounts"
+            ),
+            Self::PreallocationMode(mode) => write!(f, "Unsupported preallocation mode: {mode}"),
             other => other.fmt_reference(f),
         }
     }

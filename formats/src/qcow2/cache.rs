@@ -154,6 +154,22 @@ impl Cache {
         }
     }
 
+    /// Forgets slice `key`, dirty or not. No write-out of it is under way.
+    pub(super) fn forget(&mut self, key: u64) {
+        self.dirty.remove(&key);
+        if let Some(at) = self.index.get(&key).copied() {
+            self.remove_at(at);
+        }
+    }
+
+    /// Forgets every slice, dirty or not. No write-out is under way.
+    pub(super) fn clear(&mut self) {
+        self.index.clear();
+        self.slots.clear();
+        self.dirty.clear();
+        self.hand = 0;
+    }
+
     /// How many slices are dirty (those being written not counted).
     pub(super) fn dirty_count(&self) -> usize {
         self.dirty.len()

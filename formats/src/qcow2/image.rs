@@ -12,8 +12,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::sync::{Mutex, Notify, Semaphore};
 use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::format::{
-    Abilities, BackingRef, CompressedWrites, Extents, Format, ImageInfo, InfoValue, LocalFuture,
-    MissId, PackedCluster, Resize, WriteStep, ZeroMode, ZeroStep,
+    Abilities, BackingRef, CompressedWrites, Extents, Format, ImageInfo, InfoValue,
+    InternalSnapshots, LocalFuture, MissId, PackedCluster, Resize, WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::{Epochs, Lease};
 use liveblk_engine::storage::Storage;
@@ -22,6 +22,7 @@ use liveblk_engine::{Error, ErrorKind, Result};
 use super::layout::{AUTOCLEAR_DATA_FILE_RAW, Geometry, INCOMPATIBLE_CORRUPT};
 use super::options::Options;
 use super::pack::Packer;
+use super::snapshot::Snapshots;
 use super::state::{Health, Miss, State};
 use crate::reason::Reason;
 
@@ -42,6 +43,8 @@ pub(super) struct Image {
     pub(super) growth: Mutex<()>,
     /// Held while metadata is written out or tables move. Taken before `header_writes`.
     pub(super) tables: Mutex<()>,
+    /// Held while clusters are freed. Taken after `growth`.
+    pub(super) frees: Mutex<()>,
     /// Held while the header is read, changed and written.
     pub(super) header_writes: Mutex<()>,
     pub(super) pending_ended: Notify,
@@ -169,7 +172,8 @@ impl Format for Qcow2 {
         // What lies in another file lies there as it is.
         let external = self.0.geometry.external;
         let packer = || -> Rc<dyn CompressedWrites> { Rc::new(Packer(Rc::clone(&self.0))) };
-        Abilities { compress: (!external).then(packer), ..Abilities::default() }
+        let snapshots: Rc<dyn InternalSnapshots> = Rc::new(Snapshots(Rc::clone(&self.0)));
+        Abilities { compress: (!external).then(packer), snapshots: Some(snapshots) }
     }
 
     fn data_storage(&self) -> &Storage {
@@ -209,7 +213,10 @@ impl Format for Qcow2 {
     fn pending(&self, wait: MissId) -> LocalFuture<'_, ()> {
         let image = &self.0;
         Box::pin(async move {
-            let ended = || !image.state.borrow().pending.contains_key(&wait.0);
+            let ended = || {
+                let state = image.state.borrow();
+                state.frozen == 0 && !state.pending.contains_key(&wait.0)
+            };
             image.pending_ended.until(ended).await;
         })
     }
@@ -229,7 +236,7 @@ impl Format for Qcow2 {
     }
 
     fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>> {
-        self.0.run(Rc::clone(&self.0).resize(to.size))
+        self.0.run(Rc::clone(&self.0).resize(to))
     }
 
     fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>> {

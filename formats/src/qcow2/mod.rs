@@ -7,7 +7,8 @@
 //! 3. unlink durable, epoch retired, leases gone, punched, then refcount decreased (`reclaim`);
 //! 4. new tables are written before anything points to them; a failure before that point leaves no
 //!    trace (`tables`, `reftable`);
-//! 5. header changes are one sector, or are written where the old header does not look first
+//! 5. snapshots and smaller sizes change all tables at once, by one sector (`switch`);
+//! 6. header changes are one sector, or are written where the old header does not look first
 //!    (`rewrite`).
 //!
 //! What this version does not do is refused by name: see `header`.
@@ -21,11 +22,13 @@ mod codec;
 mod counts;
 mod create;
 mod create_options;
+mod cut_off;
 mod datafile;
 mod driver;
 mod entry;
 mod extensions;
 mod flush;
+mod freeze;
 mod header;
 mod image;
 mod layout;
@@ -39,8 +42,12 @@ mod reclaim;
 mod reftable;
 mod resize;
 mod rewrite;
+mod snapshot;
+mod snapshot_count;
+mod snapshot_table;
 mod state;
 mod subcluster;
+mod switch;
 mod tables;
 mod unpack;
 mod write;

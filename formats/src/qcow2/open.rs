@@ -20,6 +20,8 @@ use super::header::Header;
 use super::image::Image;
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
 use super::options::Options;
+use super::snapshot::claim_snapshots;
+use super::snapshot_table::{self, Snapshot};
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
 use super::unpack::Unpacked;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
@@ -76,6 +78,45 @@ pub(super) async fn read_words(
     Ok(words)
 }
 
+/// The tables that stay in memory, and what follows from them.
+struct Tables {
+    l1: Vec<u64>,
+    reftable: Vec<u64>,
+    snapshots: Vec<Snapshot>,
+    metadata: IntMap<Meta>,
+    /// The first cluster behind everything known.
+    end: u64,
+}
+
+impl Tables {
+    async fn load(core: &Core, storage: &Storage, header: &Header, name: &str) -> Result<Self> {
+        let geometry = header.geometry;
+        let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_size) * ENTRY_BYTES);
+        if l1_end > storage.size() {
+            // Missing entries would read as "nothing is allocated", which is wrong data.
+            return Err(Reason::Truncated("L1 table").error("open").on(name));
+        }
+        let l1 = read_words(core, storage, header.l1_offset, header.l1_size.into()).await?;
+        let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
+        let reftable = read_words(core, storage, header.reftable_offset, entries).await?;
+        let snapshots = snapshot_table::load(core, storage, header).await?;
+        let mut metadata = metadata_of(header, &l1, &reftable);
+        claim_snapshots(
+            &mut metadata,
+            geometry,
+            header.snapshots_offset,
+            &snapshots,
+            storage.size(),
+        );
+        let last = metadata.keys().copied().max().unwrap_or(0);
+        let file_end = geometry.clusters(storage.size());
+        // Absurd table entries must not move the end; using them gives an error anyway.
+        let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
+        let end = if last < sane { file_end.max(last + 1) } else { file_end };
+        Ok(Self { l1, reftable, snapshots, metadata, end })
+    }
+}
+
 /// Opens the image.
 pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>> {
     let OpenImage { core, storage, filename, writable, discard_unmap, data, .. } = open;
@@ -90,20 +131,8 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     let data = super::datafile::open(&header, &data, &filename).await?;
     let geometry = header.geometry;
     options.check(geometry.version, geometry.cluster()).map_err(refuse)?;
-    let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_size) * ENTRY_BYTES);
-    if l1_end > storage.size() {
-        // Missing entries would read as "nothing is allocated", which is wrong data.
-        return Err(Reason::Truncated("L1 table").error("open").on(&name));
-    }
-    let l1 = read_words(&core, &storage, header.l1_offset, header.l1_size.into()).await?;
-    let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
-    let reftable = read_words(&core, &storage, header.reftable_offset, entries).await?;
-    let metadata = metadata_of(&header, &l1, &reftable);
-    let last = metadata.keys().copied().max().unwrap_or(0);
-    let file_end = geometry.clusters(storage.size());
-    // Absurd table entries must not move the end; using them gives an error anyway.
-    let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
-    let end = if last < sane { file_end.max(last + 1) } else { file_end };
+    let Tables { l1, reftable, snapshots, metadata, end } =
+        Tables::load(&core, &storage, &header, &name).await?;
     let state = State {
         geometry,
         data_place: DataPlace::of(&header, options.discard_unmap),
@@ -127,6 +156,8 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         quarantine: VecDeque::new(),
         released: Vec::new(),
         flushes: FlushRuns { started: 0, finished: 0, running: false, own: false, result: Ok(()) },
+        frozen: 0,
+        snapshots,
         write_outs: 0,
         #[cfg(feature = "planted-bugs")]
         reuses_at_once: liveblk_engine::planted::has(
@@ -135,11 +166,29 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         ),
     };
     // Each holds a cluster and its packed bytes, both twice for a moment.
+    let image = assemble(core, storage, data, filename, options, state);
+    if writable {
+        image.become_writable().await?;
+    }
+    Ok(image)
+}
+
+/// The image around its state.
+fn assemble(
+    core: Core,
+    storage: Storage,
+    data: Option<Storage>,
+    filename: std::path::PathBuf,
+    options: Options,
+    state: State,
+) -> Rc<Image> {
+    let geometry = state.geometry;
     let packing = (PACKING_BYTES / (4 * geometry.cluster())).clamp(1, PACKING_MAX);
     let image = Rc::new_cyclic(|me| Image {
         me: me.clone(),
         growth: Mutex::new(&core, ()),
         tables: Mutex::new(&core, ()),
+        frees: Mutex::new(&core, ()),
         header_writes: Mutex::new(&core, ()),
         pending_ended: Notify::new(&core),
         loaded: Notify::new(&core),
@@ -157,10 +206,13 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         epochs: Epochs::new(),
         state: RefCell::new(state),
     });
-    if writable {
-        image.become_writable().await?;
-    }
-    Ok(image)
+    let me = image.me.clone();
+    image.epochs.on_quiesced(move || {
+        if let Some(image) = me.upgrade() {
+            image.pending_ended.notify_all();
+        }
+    });
+    image
 }
 
 fn cache(bytes: u64, geometry: Geometry) -> Cache {

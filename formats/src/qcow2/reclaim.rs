@@ -28,6 +28,7 @@ impl Image {
     }
 
     async fn reclaim_ready(self: Rc<Self>) {
+        let _frees = self.frees.lock().await;
         loop {
             let runs = {
                 let mut state = self.state.borrow_mut();

@@ -17,6 +17,7 @@ use super::layout::{
     SECTOR,
 };
 use super::packed::Packed;
+use super::snapshot_table::Snapshot;
 use super::unpack::Unpacked;
 use crate::limits::BEYOND_END_MAX;
 use crate::reason::Reason;
@@ -29,6 +30,8 @@ pub(super) enum Meta {
     RefTable,
     RefBlock(u64),
     L2(u64),
+    /// The snapshot table or a snapshot's L1 table.
+    Snapshots,
 }
 
 /// Whether the image takes writes.
@@ -168,6 +171,10 @@ pub(super) struct State {
     /// Clusters that lost their reference and are used by nobody.
     pub(super) released: Vec<Run>,
     pub(super) flushes: FlushRuns,
+    /// Who wants that no entry changes for now (see `freeze`).
+    pub(super) frozen: u32,
+    /// The snapshots inside the image, in the order of their table.
+    pub(super) snapshots: Vec<Snapshot>,
     /// Write-outs in progress: while there is one, "nothing dirty" does not mean "durable".
     pub(super) write_outs: u32,
     #[cfg(feature = "planted-bugs")]
@@ -249,7 +256,7 @@ impl State {
 
     /// The entry of `cluster` for somebody who is about to change it.
     pub(super) fn lookup(&self, cluster: GuestCluster) -> Result<Lookup, Reason> {
-        if self.pending.contains_key(&cluster.0) {
+        if self.frozen > 0 || self.pending.contains_key(&cluster.0) {
             return Ok(Lookup::Wait);
         }
         let slice = self.geometry.slice_of(cluster);

@@ -127,7 +127,7 @@ impl State {
     }
 
     /// Zeroes whole clusters by their entries, as far as that is possible now.
-    fn zero_clusters(
+    pub(super) fn zero_clusters(
         &mut self,
         first: GuestCluster,
         count: u64,

@@ -9,4 +9,8 @@ mod model;
 mod mover;
 mod packing;
 mod peer;
+mod resizing;
+mod snapshot_model;
+mod snapshot_peer;
+mod snapshots;
 mod steps;
