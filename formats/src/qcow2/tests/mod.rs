@@ -8,5 +8,6 @@ mod failures;
 mod model;
 mod mover;
 mod packing;
+mod packing_peer;
 mod peer;
 mod steps;
