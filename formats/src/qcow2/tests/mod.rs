@@ -8,6 +8,8 @@ mod failures;
 mod model;
 mod mover;
 mod packing;
+mod packing_faults;
+mod packing_peer;
 mod peer;
 mod resizing;
 mod snapshot_model;
