@@ -3,10 +3,14 @@
 mod created;
 mod cuts;
 mod damage;
+mod dirty;
 mod external;
 mod failures;
 mod model;
 mod mover;
+mod mutations;
 mod packing;
 mod peer;
+mod repair;
+mod specimen;
 mod steps;
