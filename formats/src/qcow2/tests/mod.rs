@@ -10,3 +10,4 @@ mod mover;
 mod packing;
 mod peer;
 mod steps;
+mod subclusters;
