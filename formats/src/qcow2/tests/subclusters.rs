@@ -5,7 +5,7 @@ use std::process::Command;
 
 use liveblk_engine::address::GuestRange;
 use liveblk_engine::driver::sim::{Rng, Sim, SimConfig};
-use liveblk_engine::format::{BackingRef, Extents, Mapping, ZeroMode};
+use liveblk_engine::format::{BackingRef, Extents, Mapping, WriteStep, ZeroMode, ZeroStep};
 
 use super::mover::{Disk, calm, file, open};
 use crate::qcow2::{CreateOptions, check, create};
@@ -399,4 +399,52 @@ fn a_damaged_extended_entry_gives_an_error_and_marks_the_image_corrupt() {
             assert!(disk.read(512 << 20, 512).await.is_ok(), "reads of the rest go on");
         });
     }
+}
+
+#[test]
+fn writes_to_different_subclusters_of_a_cluster_in_its_place_go_on_together() {
+    calm(|core| async move {
+        let storage = file(&core, "/image", true).await;
+        create(&core, &storage, overlay(8 << 20, 128 << 10)).await.expect("is created");
+        let disk = reopened(&core, true).await;
+        disk.write(4 << 20, &[1; 512]).await.expect("writes: the table is there now");
+        let begin = |sub: u64| {
+            let range = GuestRange::new(sub * 4096, 4096);
+            disk.format.begin_write(range).expect("begins")
+        };
+        let ready = |step| match step {
+            WriteStep::Ready(piece) => piece,
+            other => panic!("{other:?}"),
+        };
+        let first = loop {
+            match begin(0) {
+                WriteStep::Miss(miss) => disk.format.load(miss).await.expect("is loaded"),
+                step => break ready(step),
+            }
+        };
+        assert!(matches!(begin(1), WriteStep::Wait(_)), "the cluster gets its place first");
+        let place = first.host.bytes();
+        let cluster = core.pool().zeroed(128 << 10);
+        disk.format.data_storage().write(place, cluster, false).await.expect("data");
+        first.guard.complete();
+        let (one, two, three) = (ready(begin(1)), ready(begin(2)), ready(begin(3)));
+        assert_eq!(one.host.bytes(), place + 4096);
+        assert_eq!(three.host.bytes(), place + 3 * 4096);
+        assert!(matches!(begin(2), WriteStep::Wait(_)), "the same subcluster waits");
+        let in_place = ready(begin(0));
+        assert_eq!(in_place.host.bytes(), place);
+        let zero = disk.format.begin_zero(GuestRange::new(16384, 4096), ZeroMode::Keep);
+        assert!(matches!(zero.expect("begins"), ZeroStep::Wait(_)), "bits change alone");
+        three.guard.complete();
+        drop(two.guard);
+        let again = ready(begin(2));
+        one.guard.complete();
+        again.guard.complete();
+        drop(in_place);
+        let map = our_map(&disk).await;
+        for sub in 0..4 {
+            assert_eq!(map[sub * 8], Place::Data(place + sub as u64 * 4096));
+        }
+        assert_eq!(map[4 * 8], Place::Below);
+    });
 }
