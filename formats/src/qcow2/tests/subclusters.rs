@@ -270,7 +270,7 @@ fn a_write_to_a_shared_cluster_copies_its_data_and_keeps_the_other_subclusters()
         for (at, len, byte) in
             [(10_000, 3000, 7), (70_000, 100, 8), (140_000, 5000, 9), (300_000, 10, 10)]
         {
-            disk.write(at, &vec![byte; len as usize]).await.expect("writes");
+            disk.write(at, &vec![byte; len]).await.expect("writes");
             model[at as usize..at as usize + len].fill(byte);
         }
         disk.zero(20_480, 2048, ZeroMode::Keep).await.expect("zeroes");
