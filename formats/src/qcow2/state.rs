@@ -118,6 +118,16 @@ pub(super) struct PendingWrite {
     pub(super) packed: Option<Packed>,
 }
 
+/// What of a cluster has pending writes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Busy {
+    pub(super) writes: u32,
+    /// The subclusters concerned.
+    pub(super) bits: u32,
+    /// Whether one of them puts the cluster into another place: then nothing else goes on in it.
+    pub(super) moves: bool,
+}
+
 /// Free clusters that are known and reserved, and where to look for more.
 #[derive(Debug, Default)]
 pub(super) struct Allocator {
@@ -165,8 +175,8 @@ pub(super) struct State {
     pub(super) overlap: Overlap,
     /// Clusters that are known to hold guest data.
     pub(super) mapped: Mapped,
-    /// Guest clusters with a pending write, by token.
-    pub(super) pending: BTreeMap<u64, u64>,
+    /// Guest clusters with pending writes.
+    pub(super) pending: BTreeMap<u64, Busy>,
     pub(super) writes: IntMap<PendingWrite>,
     pub(super) next_token: u64,
     pub(super) allocator: Allocator,
@@ -267,6 +277,26 @@ impl State {
         if self.frozen > 0 || self.pending.contains_key(&cluster.0) {
             return Ok(Lookup::Wait);
         }
+        self.lookup_now(cluster)
+    }
+
+    /// The same for a write to the subclusters `touched`: others of the cluster may have pending
+    /// writes, if these leave the cluster where it is.
+    pub(super) fn lookup_beside(
+        &self,
+        cluster: GuestCluster,
+        touched: u32,
+    ) -> Result<Lookup, Reason> {
+        if self.frozen > 0 {
+            return Ok(Lookup::Wait);
+        }
+        match self.pending.get(&cluster.0) {
+            Some(busy) if busy.moves || busy.bits & touched != 0 => Ok(Lookup::Wait),
+            _ => self.lookup_now(cluster),
+        }
+    }
+
+    fn lookup_now(&self, cluster: GuestCluster) -> Result<Lookup, Reason> {
         let slice = self.geometry.slice_of(cluster);
         let index = self.geometry.l1_of_slice(slice);
         if !matches!(self.l2_table(index)?, Table::Own(_)) {

@@ -4,7 +4,8 @@
 //! clusters are entered as pending, others wait; (3) the engine writes the data and the fill; (4)
 //! `complete_write` changes the L2 entries in memory, or `abort_write` gives the clusters back.
 //! With subclusters (3) concerns those that the request touches, and (4) exactly those; the others
-//! stay what they are, in a kept cluster or in none.
+//! stay what they are, in a kept cluster or in none. Writes to different subclusters of a cluster
+//! that stays where it is go on at the same time.
 //! The L2 slices concerned stay cached while their clusters are pending.
 
 use std::rc::Rc;
@@ -148,6 +149,15 @@ impl Image {
     }
 }
 
+impl PendingWrite {
+    /// The subclusters of its cluster `index` that hold data when it completes.
+    fn written(&self, geometry: Geometry, index: u64) -> u32 {
+        let start = index << geometry.cluster_bits;
+        let (from, to) = self.span;
+        touched(geometry, from.saturating_sub(start), to.saturating_sub(start))
+    }
+}
+
 impl State {
     /// Decides how the start of `range` is written.
     fn plan(&self, range: GuestRange) -> Result<Plan, Reason> {
@@ -155,7 +165,9 @@ impl State {
         let bits = geometry.cluster_bits;
         let first = GuestCluster(range.start.bytes() >> bits);
         let count = ((range.end().bytes() - 1) >> bits) - first.0 + 1;
-        let entry = match self.lookup(first)? {
+        let head = range.start.within(geometry.cluster());
+        let touched = touched(geometry, head, head.saturating_add(range.len));
+        let entry = match self.lookup_beside(first, touched)? {
             Lookup::Entry(entry) => entry,
             Lookup::Miss(miss) => return Ok(Plan::Miss(miss)),
             Lookup::Wait => return Ok(Plan::Wait(first)),
@@ -171,8 +183,6 @@ impl State {
         let Some(old) = entry.subclusters() else {
             return Err(Reason::BadEntry("L2", first.0 << bits, 0));
         };
-        let head = range.start.within(geometry.cluster());
-        let touched = touched(geometry, head, head.saturating_add(range.len));
         Ok(match entry {
             Entry::Data { host, copied: true } => {
                 Plan::InPlace { host, clusters: self.run_of(first, count, entry) }
@@ -212,7 +222,10 @@ impl State {
         self.next_token += 1;
         self.writes.insert(token, write);
         for index in 0..write.run.count {
-            self.pending.insert(write.first.0 + index, token);
+            let busy = self.pending.entry(write.first.0 + index).or_default();
+            busy.writes += 1;
+            busy.bits |= write.written(self.geometry, index);
+            busy.moves |= write.fresh;
         }
         token
     }
@@ -220,7 +233,14 @@ impl State {
     fn end_pending(&mut self, token: u64) -> Option<PendingWrite> {
         let write = self.writes.remove(&token)?;
         for index in 0..write.run.count {
-            self.pending.remove(&(write.first.0 + index));
+            let cluster = write.first.0 + index;
+            let Some(busy) = self.pending.get_mut(&cluster) else { continue };
+            busy.writes -= 1;
+            // Writes to one cluster at the same time have no subcluster in common.
+            busy.bits &= !write.written(self.geometry, index);
+            if busy.writes == 0 {
+                self.pending.remove(&cluster);
+            }
         }
         Some(write)
     }
@@ -233,9 +253,7 @@ impl State {
         for index in 0..write.run.count {
             let host = geometry.host(HostCluster(write.run.start.0 + index));
             let cluster = write.first.plus(index);
-            let start = index << geometry.cluster_bits;
-            let from = write.span.0.saturating_sub(start);
-            let written = touched(geometry, from, write.span.1.saturating_sub(start));
+            let written = write.written(geometry, index);
             let slice = self.l2.get(geometry.slice_of(cluster));
             let old = slice.map(|bytes| self.decode(bytes, geometry.slice_index(cluster)));
             let old = old.and_then(Entry::subclusters).unwrap_or_default();

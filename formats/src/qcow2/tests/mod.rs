@@ -20,3 +20,4 @@ mod snapshot_peer;
 mod snapshots;
 mod specimen;
 mod steps;
+mod subclusters;
