@@ -15,3 +15,5 @@ mod peer;
 mod play;
 mod steps;
 mod subclusters;
+mod sweep;
+mod worlds;

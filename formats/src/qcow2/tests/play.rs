@@ -115,6 +115,21 @@ impl Player {
         self.disk.borrow().clone().expect("invariant: open between steps")
     }
 
+    /// Whether the image is open.
+    pub(super) fn is_open(&self) -> bool {
+        self.disk.borrow().is_some()
+    }
+
+    /// Whether the step touches only what the disk has.
+    pub(super) fn is_inside(&self, op: &Op) -> bool {
+        match op {
+            Op::Write(span) | Op::Zero(span, _) | Op::Read(span) => {
+                span.first + span.count <= self.ledger.borrow().size()
+            }
+            _ => true,
+        }
+    }
+
     /// Forgets the image without closing it.
     pub(super) fn abandon(&self) {
         self.disk.take();
@@ -132,6 +147,10 @@ impl Player {
 
     /// Plays one step; reads are judged on the way.
     pub(super) async fn run(&self, op: &Op) -> Result<()> {
+        if self.disk.borrow().is_none() {
+            // The step before failed between close and open.
+            self.reopen().await?;
+        }
         let disk = self.disk();
         match op {
             Op::Write(span) => self.write(&disk, *span).await,
@@ -163,10 +182,10 @@ impl Player {
             }
             Op::Reopen => {
                 let tick = self.ledger.borrow_mut().flush_begins();
+                self.disk.take();
                 disk.format.close().await?;
                 self.ledger.borrow_mut().flushed(tick);
                 drop(disk);
-                self.disk.take();
                 self.reopen().await
             }
         }
