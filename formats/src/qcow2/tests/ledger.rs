@@ -216,6 +216,14 @@ impl Ledger {
         }
     }
 
+    /// What is not durable may be lost: the image could not be closed.
+    pub(super) fn lose(&mut self) {
+        self.tick();
+        for versions in self.sectors.iter_mut().filter(|versions| versions.len() > 1) {
+            versions.iter_mut().skip(1).for_each(|version| version.sure = false);
+        }
+    }
+
     /// The snapshots now.
     pub(super) fn snapshots(&self) -> Rc<Set> {
         Rc::clone(self.sets.live())

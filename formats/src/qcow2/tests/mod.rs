@@ -8,6 +8,7 @@ mod external;
 mod failures;
 pub mod fuzzing;
 mod ledger;
+mod matrix;
 mod model;
 mod mover;
 mod packing;

@@ -3,16 +3,16 @@
 //! Order of each step: the ledger is told that it begins, the image is asked, the ledger is told
 //! how it ended. A failure is handed to the caller, who knows whether one was planned.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{BackingRef, ReadBelow, Resize, SnapshotInfo, ZeroMode};
-use liveblk_engine::storage::{Memory, Storage};
+use liveblk_engine::storage::{File, FileOptions, Memory, Storage};
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::ledger::{Found, Ledger, SECTOR, Value, sector_bytes, values};
-use super::mover::{Below, Disk, file, open};
+use super::mover::{Below, Disk, open};
 use crate::qcow2::check;
 
 /// Sectors `first..first + count`.
@@ -54,10 +54,14 @@ pub(super) enum Place {
 }
 
 impl Place {
-    pub(super) async fn storage(&self, core: &Core) -> Storage {
+    pub(super) async fn storage(&self, core: &Core) -> Result<Storage> {
         match self {
-            Self::Path(path) => file(core, path, false).await,
-            Self::Memory(memory) => Storage::Memory(Rc::clone(memory)),
+            Self::Path(path) => {
+                let path = path.into();
+                let options = FileOptions { path, writable: true, ..FileOptions::default() };
+                Ok(Storage::File(File::open(core, options).await?))
+            }
+            Self::Memory(memory) => Ok(Storage::Memory(Rc::clone(memory))),
         }
     }
 }
@@ -87,6 +91,8 @@ pub(super) struct Player {
     below: Below,
     disk: RefCell<Option<Disk>>,
     pub(super) ledger: RefCell<Ledger>,
+    /// Whether a close failed, after which it was opened again.
+    pub(super) close_failed: Cell<bool>,
 }
 
 impl Player {
@@ -98,16 +104,23 @@ impl Player {
         ledger: Ledger,
     ) -> Result<Rc<Self>> {
         let (disk, ledger) = (RefCell::new(None), RefCell::new(ledger));
-        let player = Rc::new(Self { core: core.clone(), place, below, disk, ledger });
+        let close_failed = Cell::new(false);
+        let core = core.clone();
+        let player = Rc::new(Self { core, place, below, disk, ledger, close_failed });
         player.reopen().await?;
         Ok(player)
     }
 
     async fn reopen(&self) -> Result<()> {
-        let mut disk = open(&self.core, self.place.storage(&self.core).await, true).await?;
+        let mut disk = open(&self.core, self.place.storage(&self.core).await?, true).await?;
         disk.below = self.below;
         self.disk.replace(Some(disk));
         Ok(())
+    }
+
+    /// What lies below.
+    pub(super) fn below(&self) -> Below {
+        self.below
     }
 
     /// The image that is open.
@@ -183,7 +196,12 @@ impl Player {
             Op::Reopen => {
                 let tick = self.ledger.borrow_mut().flush_begins();
                 self.disk.take();
-                disk.format.close().await?;
+                let closed = disk.format.close().await;
+                if closed.is_err() {
+                    self.ledger.borrow_mut().lose();
+                    self.close_failed.set(true);
+                }
+                closed?;
                 self.ledger.borrow_mut().flushed(tick);
                 drop(disk);
                 self.reopen().await
