@@ -9,13 +9,15 @@
 //! Blocks go back to the pool of their core when the last slice is gone; in steady state nothing
 //! is allocated. `Buf` is `!Send`.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, handle_alloc_error};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::rc::{Rc, Weak};
 
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use smallvec::SmallVec;
 
 use crate::limits::{ARENA_BYTES, BUF_CLASSES, BUF_MAX_BLOCK};
@@ -65,9 +67,10 @@ struct PoolInner {
     in_use: Cell<usize>,
 }
 
+/// A mapping of `ARENA_BYTES`: fresh pages cost nothing before they are touched, where an allocator
+/// would clear all of them.
 struct Arena {
     memory: NonNull<u8>,
-    layout: Layout,
 }
 
 impl Pool {
@@ -115,13 +118,8 @@ impl Pool {
 
     /// Adds an arena for `class` and returns its first block.
     fn grow(&self, class: usize) -> Rc<Block> {
-        let layout = Layout::from_size_align(ARENA_BYTES, ARENA_BYTES)
-            .expect("invariant: the arena size is a power of two");
-        // SAFETY: the layout has a non-zero size.
-        let Some(memory) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
-            handle_alloc_error(layout)
-        };
-        self.0.arenas.borrow_mut().push(Arena { memory, layout });
+        let memory = map_arena();
+        self.0.arenas.borrow_mut().push(Arena { memory });
         let capacity = BUF_CLASSES[class];
         let mut free = self.0.free[class].borrow_mut();
         for index in (0..ARENA_BYTES / capacity).rev() {
@@ -134,6 +132,17 @@ impl Pool {
     }
 }
 
+/// Fresh zero pages.
+fn map_arena() -> NonNull<u8> {
+    let len = NonZeroUsize::new(ARENA_BYTES).expect("invariant: arenas are not empty");
+    let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new private mapping; nothing else knows its address.
+    match unsafe { mmap_anonymous(None, len, prot, MapFlags::MAP_PRIVATE) } {
+        Ok(memory) => memory.cast(),
+        Err(_) => handle_alloc_error(Layout::new::<[u8; ARENA_BYTES]>()),
+    }
+}
+
 impl Drop for PoolInner {
     fn drop(&mut self) {
         // Blocks still handed out keep only a weak reference; their memory must outlive them, so
@@ -141,8 +150,9 @@ impl Drop for PoolInner {
         let idle = self.in_use.get() == 0;
         for arena in self.arenas.get_mut().drain(..) {
             if idle {
-                // SAFETY: allocated by `grow` with this layout; no block is in use.
-                unsafe { dealloc(arena.memory.as_ptr(), arena.layout) };
+                // SAFETY: mapped by `map_arena` with this length; no block is in use.
+                let unmapped = unsafe { munmap(arena.memory.cast(), ARENA_BYTES) };
+                debug_assert!(unmapped.is_ok(), "a mapping of our own");
             }
         }
     }

@@ -9,7 +9,7 @@
 
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::indexing_slicing)]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
+#![cfg_attr(any(test, feature = "fuzzing"), allow(clippy::unwrap_used, clippy::indexing_slicing))]
 
 pub mod create_reason;
 pub mod limits;

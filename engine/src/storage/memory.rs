@@ -40,6 +40,33 @@ impl Memory {
         Rc::new(memory)
     }
 
+    /// These bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Rc<Self> {
+        let memory = Self::new(bytes.len() as u64);
+        let pages = (0_u64..).zip(bytes.chunks(PAGE as usize)).map(|(page, part)| {
+            let mut whole = Box::new([0; PAGE as usize]);
+            for (to, from) in whole.iter_mut().zip(part) {
+                *to = *from;
+            }
+            (page, whole)
+        });
+        memory.pages.replace(pages.collect());
+        memory
+    }
+
+    /// All bytes, for instance to go on with a copy.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(self.size()).unwrap_or(0)];
+        let pages = self.pages.borrow();
+        for (page, part) in (0_u64..).zip(bytes.chunks_mut(PAGE as usize)) {
+            if let Some(whole) = pages.get(&page) {
+                let (from, _) = whole.split_at(part.len());
+                part.copy_from_slice(from);
+            }
+        }
+        bytes
+    }
+
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.size.get()

@@ -303,9 +303,10 @@ impl Image {
             return Ok(());
         }
         if !writable {
-            let result = Rc::clone(&self).settle().await;
+            // What could not be made durable must not be forgotten: asked again, it fails again.
+            Rc::clone(&self).settle().await?;
             self.state.borrow_mut().writable = false;
-            return result;
+            return Ok(());
         }
         let checked = self.state.borrow().header.check_features(true);
         checked.map_err(|reason| self.error(reason, "open"))?;

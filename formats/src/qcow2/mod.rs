@@ -63,6 +63,12 @@ mod zero;
 
 #[cfg(test)]
 mod tests;
+#[cfg(all(feature = "fuzzing", not(test)))]
+#[path = "tests/fuzz_root.rs"]
+mod tests;
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub use tests::fuzzing;
 
 pub use check::{CheckReport, check};
 pub use create::{create, create_with_data};

@@ -189,6 +189,7 @@ pub struct FaultRule {
     pub times: Option<u64>,
     /// What they answer, as a positive errno. EIO on a write leaves any part of it done; EIO on a
     /// sync leaves what it covered undone for good, as if written never to be synced again.
+    /// 0: a read or write does not fail but moves only its first half.
     pub errno: i32,
 }
 
@@ -196,6 +197,11 @@ impl FaultRule {
     /// The first matching operation fails with `errno`.
     pub fn once(filter: OpFilter, errno: i32) -> Self {
         Self { filter, after: 0, times: Some(1), errno }
+    }
+
+    /// The first matching read or write moves only its first half, in whole sectors if it has two.
+    pub fn short(filter: OpFilter) -> Self {
+        Self::once(filter, 0)
     }
 
     /// Every matching operation fails with `errno`.

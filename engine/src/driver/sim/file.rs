@@ -27,6 +27,8 @@ pub(super) struct SimFile {
     pub(super) live: Content,
     durable: Content,
     log: Vec<Entry>,
+    /// Counts the changes of any of the above.
+    revision: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -90,7 +92,7 @@ impl Change {
 impl SimFile {
     /// A file whose content is durable.
     pub(super) fn durable(content: Content) -> Self {
-        Self { live: content.clone(), durable: content, log: Vec::new() }
+        Self { live: content.clone(), durable: content, log: Vec::new(), revision: 0 }
     }
 
     pub(super) fn write(&mut self, op: u64, offset: u64, bytes: Vec<u8>) {
@@ -117,6 +119,7 @@ impl SimFile {
     }
 
     fn change(&mut self, op: u64, change: Change) {
+        self.revision += 1;
         change.apply(&mut self.live);
         self.log.push(Entry { op, change, stranded: false });
     }
@@ -140,6 +143,7 @@ impl SimFile {
     }
 
     fn persist(&mut self, covered: impl Fn(&Entry) -> bool) {
+        self.revision += 1;
         let mut taken = vec![false; self.log.len()];
         let mut ranges: Vec<(u64, u64)> = Vec::new();
         let mut any = false;
@@ -163,6 +167,50 @@ impl SimFile {
             }
             !take
         });
+    }
+
+    /// Counts changes of what is live and of what is durable.
+    pub(super) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Number of changes that are not durable.
+    pub(super) fn unflushed(&self) -> usize {
+        self.log.len()
+    }
+
+    /// What a power cut leaves that keeps the chosen changes, and with them the earlier ones of the
+    /// same sectors.
+    pub(super) fn after_cut_keeping(&self, keep: &mut dyn FnMut(usize) -> bool) -> Content {
+        let kept: Vec<bool> = (0..self.log.len()).map(keep).collect();
+        let mut content = self.durable.clone();
+        if kept.iter().all(|kept| !kept) {
+            return content;
+        }
+        let mut counts: BTreeMap<u64, [u32; SECTORS]> = BTreeMap::new();
+        let mut limits = self.version_counts();
+        limits.values_mut().for_each(|sectors| *sectors = [0; SECTORS]);
+        for (entry, kept) in self.log.iter().zip(&kept) {
+            let (start, end) = entry.change.sectors();
+            for (page, limit) in limits.range_mut(start / PAGE..end.div_ceil(PAGE)) {
+                let count = counts.entry(*page).or_default();
+                for sector in touched_sectors(*page, start, end) {
+                    count[sector] += 1;
+                    if *kept {
+                        limit[sector] = count[sector];
+                    }
+                }
+            }
+            if let (Change::Size(size), true) = (&entry.change, kept) {
+                content.size = *size;
+            }
+        }
+        for entry in &self.log {
+            apply_sectors(&entry.change, &mut limits, &mut content);
+        }
+        let size = content.size;
+        content.pages.zero(size, u64::MAX - PAGE);
+        content
     }
 
     /// Whether everything is durable.

@@ -186,6 +186,42 @@ impl SimFs {
         Self::from_state(self.0.borrow().after_cut(&mut Rng::new(seed)))
     }
 
+    /// Counts changes of what is live and of what is durable, over all files.
+    pub fn revision(&self) -> u64 {
+        let state = self.0.borrow();
+        state.files.values().map(SimFile::revision).sum::<u64>() + state.next_inode
+    }
+
+    /// Number of changes to files that are not durable.
+    pub fn unflushed(&self) -> usize {
+        self.0.borrow().files.values().map(SimFile::unflushed).sum()
+    }
+
+    /// What a power cut now leaves that keeps those unflushed changes that `keep` says (by number,
+    /// files in the order of their making, oldest change first) and with them the earlier ones of
+    /// the same sectors; names are as they are now.
+    pub fn after_power_cut_keeping(&self, keep: impl Fn(usize) -> bool) -> Self {
+        let state = self.0.borrow();
+        let mut before = 0;
+        let files = state.files.iter().map(|(inode, file)| {
+            let content = file.after_cut_keeping(&mut |index| keep(before + index));
+            before += file.unflushed();
+            (*inode, SimFile::durable(content))
+        });
+        let files = files.collect();
+        Self::from_state(state.restarted(files, state.names.clone()))
+    }
+
+    /// Removes the file at `path` at once and for good.
+    pub fn remove(&self, path: impl AsRef<Path>) {
+        let mut state = self.state();
+        let path = normal(path.as_ref());
+        state.durable_names.remove(&path);
+        if let Some(inode) = state.names.remove(&path) {
+            state.files.remove(&inode);
+        }
+    }
+
     /// What is left if the process is killed now but the machine lives: everything written.
     pub fn after_kill(&self) -> Self {
         let state = self.0.borrow();

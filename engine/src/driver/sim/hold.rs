@@ -28,6 +28,8 @@ pub(super) struct HoldState {
     pub(super) point: HoldPoint,
     /// How many more it catches.
     pub(super) left: usize,
+    /// How many pass before.
+    pub(super) skip: u64,
     /// What it keeps now, oldest first.
     pub(super) ops: Vec<u64>,
 }

@@ -122,8 +122,14 @@ impl Kernel {
         for word in [core as u64, subject.kind as u64, subject.offset, subject.len, fingerprint] {
             self.trace.word(word);
         }
-        let hold =
-            self.holds.iter().position(|hold| hold.left > 0 && hold.filter.matches(&subject));
+        let hold = self.holds.iter_mut().position(|hold| {
+            if hold.left == 0 || !hold.filter.matches(&subject) {
+                return false;
+            }
+            let passes = hold.skip > 0;
+            hold.skip -= u64::from(passes);
+            !passes
+        });
         let point = hold.map(|index| {
             self.holds[index].left -= 1;
             self.holds[index].ops.push(op);

@@ -159,13 +159,29 @@ impl Sim {
 
     /// Keeps back the next `count` operations that match.
     pub fn hold_some(&self, filter: OpFilter, point: HoldPoint, count: usize) -> Hold {
-        let state = HoldState { filter, point, left: count, ops: Vec::new() };
+        let state = HoldState { filter, point, left: count, skip: 0, ops: Vec::new() };
+        Hold::new(&self.kernel, state)
+    }
+
+    /// Keeps back one operation that matches, after `skip` others.
+    pub fn hold_nth(&self, filter: OpFilter, point: HoldPoint, skip: u64) -> Hold {
+        let state = HoldState { filter, point, left: 1, skip, ops: Vec::new() };
         Hold::new(&self.kernel, state)
     }
 
     /// Makes operations fail.
     pub fn inject(&self, rule: FaultRule) {
         self.kernel.borrow_mut().rules.push(Rule { rule, seen: 0 });
+    }
+
+    /// How many operations the injected failures have hit so far.
+    pub fn faults(&self) -> u64 {
+        let kernel = self.kernel.borrow();
+        let hits = kernel.rules.iter().map(|Rule { rule, seen }| {
+            let hits = seen.saturating_sub(rule.after);
+            rule.times.map_or(hits, |times| hits.min(times))
+        });
+        hits.sum()
     }
 
     /// Ends all injected failures.

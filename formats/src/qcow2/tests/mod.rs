@@ -1,11 +1,15 @@
 //! Tests of whole images: a small mover of data, then models, peers, damage and failures on it.
 
+mod corpus;
 mod created;
 mod cuts;
 mod damage;
 mod dirty;
 mod external;
 mod failures;
+pub mod fuzzing;
+mod ledger;
+mod matrix;
 mod model;
 mod mover;
 mod mutations;
@@ -13,6 +17,7 @@ mod packing;
 mod packing_faults;
 mod packing_peer;
 mod peer;
+mod play;
 mod repair;
 mod resizing;
 mod snapshot_model;
@@ -21,3 +26,5 @@ mod snapshots;
 mod specimen;
 mod steps;
 mod subclusters;
+mod sweep;
+mod worlds;
