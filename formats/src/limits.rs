@@ -74,3 +74,21 @@ pub const UNPACKED_BYTES: u64 = 4 << 20;
 
 /// Unpacked clusters that one image keeps.
 pub const UNPACKED_CLUSTERS: usize = 64;
+
+/// The most bitmaps of an image (as the peer's).
+pub const BITMAPS_MAX: u32 = 65_535;
+
+/// The largest bitmap directory in bytes (as the peer's).
+pub const BITMAP_DIRECTORY_BYTES_MAX: u64 = 1024 * BITMAPS_MAX as u64;
+
+/// The largest bitmap table in entries (as the peer's).
+pub const BITMAP_TABLE_MAX: u64 = 0x800_0000;
+
+/// The largest bitmap in bytes (as the peer's).
+pub const BITMAP_BYTES_MAX: u64 = 512 << 20;
+
+/// The smallest and largest granularity of a stored bitmap, as powers of two (specification).
+pub const BITMAP_GRANULARITY_BITS: std::ops::RangeInclusive<u32> = 9..=31;
+
+/// The longest name of a stored bitmap in bytes (specification).
+pub const BITMAP_NAME_MAX: usize = 1023;

@@ -14,6 +14,14 @@
 
 mod ahead;
 mod alloc;
+mod alloc_run;
+mod bitmap_api;
+mod bitmap_change;
+mod bitmap_dir;
+mod bitmap_reason;
+mod bitmap_resize;
+mod bitmap_table;
+mod bitmap_track;
 mod cache;
 mod check;
 mod check_walk;
@@ -27,6 +35,7 @@ mod entry;
 mod extensions;
 mod flush;
 mod header;
+mod header_plan;
 mod image;
 mod layout;
 mod load;
@@ -49,6 +58,7 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
+pub use bitmap_reason::BitmapReason;
 pub use check::{CheckReport, check};
 pub use create::{create, create_with_data};
 pub use create_options::{CompressionType, CreateOptions};

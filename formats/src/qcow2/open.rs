@@ -141,6 +141,8 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         growth: Mutex::new(&core, ()),
         tables: Mutex::new(&core, ()),
         header_writes: Mutex::new(&core, ()),
+        bitmap_changes: Mutex::new(&core, ()),
+        bitmaps: RefCell::default(),
         pending_ended: Notify::new(&core),
         loaded: Notify::new(&core),
         flushed: Notify::new(&core),
@@ -157,6 +159,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         epochs: Epochs::new(),
         state: RefCell::new(state),
     });
+    image.load_directory().await?;
     if writable {
         image.become_writable().await?;
     }

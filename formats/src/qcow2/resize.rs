@@ -7,6 +7,7 @@
 
 use std::rc::Rc;
 
+use liveblk_engine::format::Resize;
 use liveblk_engine::{ErrorKind, Result};
 
 use super::image::Image;
@@ -16,8 +17,9 @@ use crate::limits::L1_BYTES_MAX;
 use crate::reason::Reason;
 
 impl Image {
-    /// See `Format::resize`.
-    pub(super) async fn resize(self: Rc<Self>, size: u64) -> Result<()> {
+    /// See `Format::resize_with`; the caller has prepared the bitmaps.
+    pub(super) async fn resize(self: Rc<Self>, to: Resize) -> Result<()> {
+        let size = to.size;
         self.state.borrow().check_writable()?;
         let refuse = |reason| Err(self.error(reason, "resize"));
         if !size.is_multiple_of(512) {
@@ -40,7 +42,11 @@ impl Image {
             return self.move_l1(size, needed).await;
         }
         Rc::clone(&self).flush().await?;
-        self.update_header(|header| header.size = size).await?;
+        self.update_header(|header| {
+            header.size = size;
+            self.apply_bitmaps(header);
+        })
+        .await?;
         self.fit_data_file(size).await
     }
 
@@ -103,6 +109,7 @@ impl Image {
             header.size = size;
             header.l1_size = u32::try_from(needed).unwrap_or(u32::MAX);
             header.l1_offset = geometry.host(run.start);
+            self.apply_bitmaps(header);
         });
         if let Err(error) = moved.await {
             if error.kind() == ErrorKind::NoSpace {

@@ -29,6 +29,8 @@ pub(super) enum Meta {
     RefTable,
     RefBlock(u64),
     L2(u64),
+    /// The bitmap directory.
+    Bitmaps,
 }
 
 /// Whether the image takes writes.
@@ -52,6 +54,8 @@ pub(super) enum Miss {
     Clusters(u64),
     /// A slice of a refcount block.
     RefSlice(u64),
+    /// The mark in the file that bitmaps are in use.
+    Bitmaps,
 }
 
 impl Miss {
@@ -63,6 +67,7 @@ impl Miss {
             Self::L2Table(index) => (2, index),
             Self::Clusters(count) => (3, count),
             Self::RefSlice(slice) => (4, slice),
+            Self::Bitmaps => (15, 0),
         };
         MissId(tag << Self::SHIFT | value)
     }
@@ -74,6 +79,7 @@ impl Miss {
             2 => Some(Self::L2Table(value)),
             3 => Some(Self::Clusters(value)),
             4 => Some(Self::RefSlice(value)),
+            15 => Some(Self::Bitmaps),
             _ => None,
         }
     }
