@@ -15,7 +15,6 @@ use super::bitmap_reason::BitmapReason;
 use super::bitmap_table::Change;
 use super::header::Header;
 use super::image::Image;
-use crate::reason::Reason;
 
 impl Image {
     /// See `Format::resize_with`; the size itself is changed by `resize`.
@@ -50,14 +49,6 @@ impl Image {
         if let Some(prepared) = &self.bitmaps.borrow().resizing {
             prepared.apply(header);
         }
-    }
-
-    /// Refuses what would change the content of the disk without a write.
-    pub(super) fn refuse_with_bitmaps(&self, op: &'static str) -> Result<()> {
-        if self.bitmaps.borrow().list.is_empty() {
-            return Ok(());
-        }
-        Err(self.error(Reason::ActiveBitmaps, op))
     }
 
     /// Writes the bitmaps for a disk of `size` bytes; `None` if they are right as they are.

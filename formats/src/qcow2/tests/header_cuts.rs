@@ -51,7 +51,7 @@ fn referring(header: &Header, len: usize, format: Option<&str>) -> Header {
 
 /// Applies a plan to the first cluster; at each step, each changed sector alone, all but the
 /// deciding one, and random sets of them leave the old or the new meaning.
-fn apply(bytes: &mut Vec<u8>, new: &Header, rng: &mut Rng) -> Result<(), Reason> {
+fn apply(bytes: &mut [u8], new: &Header, rng: &mut Rng) -> Result<(), Reason> {
     let old = parse(bytes);
     let area = area(&old, new);
     let known = [meaning(&old), meaning(new)];
@@ -62,7 +62,7 @@ fn apply(bytes: &mut Vec<u8>, new: &Header, rng: &mut Rng) -> Result<(), Reason>
         sets.push(rest.to_vec());
         sets.push(rest.iter().copied().filter(|_| rng.chance(500)).collect());
         for set in sets {
-            let mut cut = bytes.clone();
+            let mut cut = bytes.to_vec();
             for sector in set {
                 let at = sector * SECTOR..(sector + 1) * SECTOR;
                 cut[at.clone()].copy_from_slice(&step.bytes[at]);

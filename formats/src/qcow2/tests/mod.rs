@@ -1,6 +1,8 @@
 //! Tests of whole images: a small mover of data, then models, peers, damage and failures on it.
 
 mod bitmaps;
+mod bitmaps_cuts;
+mod bitmaps_peer;
 mod created;
 mod cuts;
 mod damage;
