@@ -34,6 +34,7 @@ use std::rc::Rc;
 use smallvec::SmallVec;
 
 use crate::address::{GuestOffset, GuestRange, HostOffset};
+use crate::bitmap::DirtyBitmap;
 use crate::buf::Buf;
 use crate::error::Result;
 use crate::executor::Core;
@@ -186,22 +187,36 @@ pub trait WriteEnd {
     fn abort_write(&self, token: u64);
 }
 
+/// What wants to know when a piece of a write has ended; implemented by formats that keep dirty
+/// bitmaps, called through [`WriteGuard`].
+pub trait WriteSeen {
+    /// A write, zeroing or discard of `range` has ended, well or not: all of it may have changed.
+    fn write_ended(&self, range: GuestRange);
+}
+
 /// The right and duty to end one piece of a write.
 #[must_use = "complete the guard after the data landed; dropping it undoes the allocation"]
 pub struct WriteGuard {
     end: Option<(Rc<dyn WriteEnd>, u64)>,
+    seen: Option<(Rc<dyn WriteSeen>, GuestRange)>,
     _lease: Option<Lease>,
 }
 
 impl WriteGuard {
     /// A guard for a write in place: nothing to publish, the lease keeps the target allocated.
     pub fn in_place(lease: Option<Lease>) -> Self {
-        Self { end: None, _lease: lease }
+        Self { end: None, seen: None, _lease: lease }
     }
 
     /// A guard for the pending allocation `token` of `format`.
     pub fn pending(format: Rc<dyn WriteEnd>, token: u64, lease: Option<Lease>) -> Self {
-        Self { end: Some((format, token)), _lease: lease }
+        Self { end: Some((format, token)), seen: None, _lease: lease }
+    }
+
+    /// The same guard; when it has ended, `who` is told that `range` may have changed.
+    pub fn seen_by(mut self, who: Rc<dyn WriteSeen>, range: GuestRange) -> Self {
+        self.seen = Some((who, range));
+        self
     }
 
     /// The data is written: the mapping becomes visible.
@@ -216,6 +231,9 @@ impl Drop for WriteGuard {
     fn drop(&mut self) {
         if let Some((format, token)) = self.end.take() {
             format.abort_write(token);
+        }
+        if let Some((who, range)) = self.seen.take() {
+            who.write_ended(range);
         }
     }
 }
@@ -308,6 +326,8 @@ pub struct Abilities {
     pub compress: Option<Rc<dyn CompressedWrites>>,
     /// Snapshots inside the image file.
     pub snapshots: Option<Rc<dyn InternalSnapshots>>,
+    /// Dirty bitmaps inside the image file.
+    pub bitmaps: Option<Rc<dyn StoredBitmaps>>,
 }
 
 /// Writes that store whole clusters compressed.
@@ -419,6 +439,66 @@ pub struct Below {
     pub read: ReadBelow,
 }
 
+/// A dirty bitmap inside an image file (qcow2 specification, "Bitmaps extension").
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapInfo {
+    /// Name; bytes that are no UTF-8 are shown as replacement characters.
+    pub name: String,
+    /// Bytes per bit.
+    pub granularity: u64,
+    /// Whether writes are recorded in it (the flag `auto`).
+    pub enabled: bool,
+    /// Whether the file says that it is being written to (the flag `in-use`).
+    pub in_use: bool,
+    /// Whether it can no longer be trusted: somebody stopped without storing it, or it holds
+    /// extra data that forbids its use. It can only be removed.
+    pub inconsistent: bool,
+}
+
+/// Dirty bitmaps inside the image.
+///
+/// Duties of the format: writes are recorded in the enabled bitmaps, as long as the image is open
+/// for writing; before the first recorded write begins, the file says that they are in use; when
+/// the image is closed or becomes read-only they are stored. A bitmap that missed a write is never
+/// left without the mark that says so. Every change is durable when its future ends; at any cut in
+/// between the file has either the old or the new bitmap.
+///
+/// Duties of the caller: a change that shall exclude or include certain writes is made while no
+/// write is in flight.
+pub trait StoredBitmaps {
+    /// The bitmaps in the order of the directory.
+    fn list(&self) -> Vec<BitmapInfo>;
+
+    /// Bytes per bit that a new bitmap has if nobody says otherwise.
+    fn default_granularity(&self) -> u64;
+
+    /// The bits of a bitmap with everything recorded so far.
+    fn load(&self, name: &str) -> LocalFuture<'static, Result<DirtyBitmap>>;
+
+    /// Makes a new, clean bitmap.
+    fn add(&self, name: &str, granularity: u64, enabled: bool) -> LocalFuture<'static, Result<()>>;
+
+    /// Makes a bitmap with these bits, or replaces one of this name.
+    fn store(
+        &self,
+        name: &str,
+        bits: DirtyBitmap,
+        enabled: bool,
+    ) -> LocalFuture<'static, Result<()>>;
+
+    /// Removes a bitmap, also an inconsistent one.
+    fn remove(&self, name: &str) -> LocalFuture<'static, Result<()>>;
+
+    /// Clears all bits.
+    fn clear(&self, name: &str) -> LocalFuture<'static, Result<()>>;
+
+    /// Starts or stops recording writes.
+    fn set_enabled(&self, name: &str, enabled: bool) -> LocalFuture<'static, Result<()>>;
+
+    /// Adds the bits of `source`, which is for a disk of the same size; granularities may differ.
+    fn merge(&self, name: &str, source: DirtyBitmap) -> LocalFuture<'static, Result<()>>;
+}
+
 /// A reference to a backing file as a header holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingRef {
@@ -452,6 +532,10 @@ pub enum InfoValue {
     Number(u64),
     /// A truth value.
     Flag(bool),
+    /// Values in order.
+    List(Vec<InfoValue>),
+    /// Values by name, in order.
+    Record(Vec<(&'static str, InfoValue)>),
 }
 
 /// Which files an image's header may make the engine open (DESIGN.md, "qcow2 order rules").

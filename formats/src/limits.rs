@@ -79,12 +79,6 @@ pub const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of unknown data that one snapshot may carry (as the peer's).
 pub const SNAPSHOT_EXTRA_MAX: u64 = 1024;
 
-/// The most bitmaps of one image (as the peer's).
-pub const BITMAPS_MAX: u64 = 65_535;
-
-/// The largest bitmap directory in bytes (as the peer's).
-pub const BITMAP_DIRECTORY_BYTES_MAX: u64 = 65_535 * 1024;
-
 /// The largest bitmap table in entries (as the peer's).
 pub const BITMAP_TABLE_ENTRIES_MAX: u64 = 0x800_0000;
 
@@ -121,3 +115,21 @@ pub const INACTIVE_CLUSTERS_MAX: u64 = 1 << 18;
 
 /// Pieces of the set of known mapped clusters of one image: 512 bytes for 4096 clusters each.
 pub const MAPPED_CHUNKS_MAX: usize = 16_384;
+
+/// The most bitmaps of an image (as the peer's).
+pub const BITMAPS_MAX: u32 = 65_535;
+
+/// The largest bitmap directory in bytes (as the peer's).
+pub const BITMAP_DIRECTORY_BYTES_MAX: u64 = 1024 * BITMAPS_MAX as u64;
+
+/// The largest bitmap table in entries (as the peer's).
+pub const BITMAP_TABLE_MAX: u64 = 0x800_0000;
+
+/// The largest bitmap in bytes (as the peer's).
+pub const BITMAP_BYTES_MAX: u64 = 512 << 20;
+
+/// The smallest and largest granularity of a stored bitmap, as powers of two (specification).
+pub const BITMAP_GRANULARITY_BITS: std::ops::RangeInclusive<u32> = 9..=31;
+
+/// The longest name of a stored bitmap in bytes (specification).
+pub const BITMAP_NAME_MAX: usize = 1023;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use liveblk_engine::{Error, ErrorKind};
 
 use crate::create_reason::CreateReason;
-use crate::qcow2::OptionFault;
+use crate::qcow2::{BitmapReason, OptionFault};
 
 /// A reason for a refusal; Display is the whole text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +130,10 @@ pub enum Reason {
     Create(CreateReason),
     /// The backing name does not fit in the header.
     HeaderFull,
+    /// The header is so full that no order of writes is safe under a power cut.
+    HeaderUnsafe,
+    /// Something about bitmaps.
+    Bitmap(BitmapReason),
     /// A format does not have a backing reference.
     NoBackingSupport(&'static str),
     /// The raw range lies outside the file.
@@ -213,10 +217,10 @@ impl Reason {
             | Self::Create(_)
             | Self::DataFile
             | Self::DataFileUnexpected
-            | Self::HeaderFull
             | Self::RawRange { .. }
             | Self::NotQcow2 => ErrorKind::InvalidArgument,
-            Self::TableFull => ErrorKind::NoSpace,
+            Self::TableFull | Self::HeaderFull | Self::HeaderUnsafe => ErrorKind::NoSpace,
+            Self::Bitmap(reason) => reason.kind(),
             Self::ReferenceProtocol(_)
             | Self::ReferenceOutside { .. }
             | Self::ReferenceExplicit { .. } => ErrorKind::PolicyRefused,
@@ -286,6 +290,10 @@ impl Reason {
             Self::PreallocationShrink => "Preallocation can only be used for growing images",
             Self::SizeAlignment => "The new size must be a multiple of 512",
             Self::HeaderFull => "Header extensions and backing file name do not fit in a cluster",
+            Self::HeaderUnsafe => {
+                "The header is too full to be changed so that a power cut leaves the old or the \
+                 new one; use a shorter backing file name"
+            }
             Self::RawFixed => "Cannot resize fixed-size raw disks",
             _ => return None,
         })
@@ -336,6 +344,7 @@ impl Reason {
             Self::Refcount(host) => {
                 write!(f, "qcow2: Image is corrupt: wrong refcount of the cluster at {host:#x}")
             }
+            Self::Bitmap(reason) => write!(f, "{reason}"),
             Self::NoBackingSupport(driver) => {
                 write!(f, "Driver '{driver}' does not support backing files")
             }

@@ -177,16 +177,25 @@ fn one_image(node: &Rc<Node>) -> Value {
 }
 
 fn specific(kind: &str, facts: &[(&'static str, InfoValue)]) -> Value {
+    json!({"type": kind, "data": record(facts)})
+}
+
+fn record(facts: &[(&'static str, InfoValue)]) -> Value {
     let mut data = Map::new();
     for (name, value) in facts {
-        let value = match value {
-            InfoValue::Text(text) => Value::from(text.as_str()),
-            InfoValue::Number(number) => Value::from(*number),
-            InfoValue::Flag(flag) => Value::from(*flag),
-        };
-        data.insert((*name).to_owned(), value);
+        data.insert((*name).to_owned(), fact(value));
     }
-    json!({"type": kind, "data": data})
+    Value::Object(data)
+}
+
+fn fact(value: &InfoValue) -> Value {
+    match value {
+        InfoValue::Text(text) => Value::from(text.as_str()),
+        InfoValue::Number(number) => Value::from(*number),
+        InfoValue::Flag(flag) => Value::from(*flag),
+        InfoValue::List(values) => values.iter().map(fact).collect(),
+        InfoValue::Record(facts) => record(facts),
+    }
 }
 
 /// A reference of a header as a path: relative ones start at the image's folder.

@@ -12,5 +12,6 @@
 
 mod dirty;
 mod leaf;
+mod serial;
 
 pub use dirty::{DirtyBitmap, GRANULARITY_MIN};

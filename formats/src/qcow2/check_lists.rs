@@ -215,7 +215,7 @@ impl Survey<'_> {
         }
         let Some(data) = self.header.extensions.find(BITMAPS) else { return Ok(()) };
         let (count, bytes, start) = (number(data, 0, 4), number(data, 8, 8), number(data, 16, 8));
-        if count > BITMAPS_MAX || bytes > BITMAP_DIRECTORY_BYTES_MAX {
+        if count > u64::from(BITMAPS_MAX) || bytes > BITMAP_DIRECTORY_BYTES_MAX {
             self.bad_bitmaps("ERROR bitmap directory too large".to_owned());
             return Ok(());
         }

@@ -203,7 +203,7 @@ fn number(option: &'static str, value: &InfoValue) -> Result<u64, CreateReason> 
     let number = match value {
         InfoValue::Number(number) => Some(*number),
         InfoValue::Text(text) => text.parse().ok(),
-        InfoValue::Flag(_) => None,
+        _ => None,
     };
     number.ok_or(CreateReason::Type { option, expected: "integer" })
 }

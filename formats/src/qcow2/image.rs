@@ -19,7 +19,9 @@ use liveblk_engine::lease::{Epochs, Lease};
 use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
-use super::layout::{AUTOCLEAR_DATA_FILE_RAW, Geometry, INCOMPATIBLE_CORRUPT};
+use super::bitmap_api::Handle;
+use super::bitmap_track::Bitmaps;
+use super::layout::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Geometry, INCOMPATIBLE_CORRUPT};
 use super::open::{load_state, read_header, repair_dirty};
 use super::options::Options;
 use super::pack::Packer;
@@ -48,6 +50,9 @@ pub(super) struct Image {
     pub(super) frees: Mutex<()>,
     /// Held while the header is read, changed and written.
     pub(super) header_writes: Mutex<()>,
+    /// Held while the set of bitmaps changes. Taken before `growth`.
+    pub(super) bitmap_changes: Mutex<()>,
+    pub(super) bitmaps: RefCell<Bitmaps>,
     pub(super) pending_ended: Notify,
     pub(super) loaded: Notify,
     pub(super) flushed: Notify,
@@ -139,16 +144,17 @@ impl Image {
     }
 
     async fn settle(self: Rc<Self>) -> Result<()> {
+        let stored = self.store_bitmaps().await;
         // Freed clusters become counted as free only after a flush, which makes counts dirty.
         for _ in 0..3 {
             Rc::clone(&self).flush().await?;
             Rc::clone(&self).reclaim_all().await;
             let state = self.state.borrow();
             if state.is_clean() {
-                return Ok(());
+                return stored;
             }
         }
-        self.flush().await
+        self.flush().await.and(stored)
     }
 }
 
@@ -174,7 +180,11 @@ impl Format for Qcow2 {
         let external = self.0.geometry.external;
         let packer = || -> Rc<dyn CompressedWrites> { Rc::new(Packer(Rc::clone(&self.0))) };
         let snapshots: Rc<dyn InternalSnapshots> = Rc::new(Snapshots(Rc::clone(&self.0)));
-        Abilities { compress: (!external).then(packer), snapshots: Some(snapshots) }
+        Abilities {
+            compress: (!external).then(packer),
+            snapshots: Some(snapshots),
+            bitmaps: Some(Rc::new(Handle(Rc::clone(&self.0)))),
+        }
     }
 
     fn data_storage(&self) -> &Storage {
@@ -204,11 +214,19 @@ impl Format for Qcow2 {
     }
 
     fn begin_write(&self, range: GuestRange) -> Result<WriteStep> {
-        self.0.begin_write(range)
+        if let Some(miss) = self.0.write_waits_for()? {
+            return Ok(WriteStep::Miss(miss));
+        }
+        let step = self.0.begin_write(range)?;
+        Ok(self.0.watch_write(range, step))
     }
 
     fn begin_zero(&self, range: GuestRange, mode: ZeroMode) -> Result<ZeroStep> {
-        self.0.begin_zero(range, mode)
+        if let Some(miss) = self.0.write_waits_for()? {
+            return Ok(ZeroStep::Miss(miss));
+        }
+        let step = self.0.begin_zero(range, mode)?;
+        Ok(self.0.watch_zero(range, step))
     }
 
     fn pending(&self, wait: MissId) -> LocalFuture<'_, ()> {
@@ -237,7 +255,7 @@ impl Format for Qcow2 {
     }
 
     fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>> {
-        self.0.run(Rc::clone(&self.0).resize(to))
+        self.0.run(Rc::clone(&self.0).resize_with_bitmaps(to))
     }
 
     fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>> {
@@ -259,6 +277,7 @@ impl Format for Qcow2 {
         if geometry.version == 3 {
             specific.push(("lazy-refcounts", InfoValue::Flag(header.lazy_refcounts())));
         }
+        specific.extend(self.0.bitmap_facts().map(|facts| ("bitmaps", facts)));
         specific.push(("refcount-bits", InfoValue::Number(geometry.refcount_bits().into())));
         if geometry.version == 3 {
             if let Some(name) = header.data_file() {
@@ -326,17 +345,18 @@ impl Image {
         result
     }
 
-    /// Clears the autoclear bits that this version does not maintain: all but the one of a raw data
-    /// file.
+    /// Clears the autoclear bits of what this version does not maintain: all but those of a raw
+    /// data file and of bitmaps, if there are any.
     pub(super) async fn become_writable(&self) -> Result<()> {
         self.writable_data()?;
+        let bitmaps = if self.bitmaps.borrow().list.is_empty() { 0 } else { AUTOCLEAR_BITMAPS };
         let kept = {
             let header = &self.state.borrow().header;
-            let kept = if header.has_data_file() { AUTOCLEAR_DATA_FILE_RAW } else { 0 };
-            if header.autoclear & !kept == 0 {
+            let data = if header.has_data_file() { AUTOCLEAR_DATA_FILE_RAW } else { 0 };
+            if header.autoclear & !(data | bitmaps) == 0 {
                 return Ok(());
             }
-            kept
+            data | bitmaps
         };
         self.update_header(|header| header.autoclear &= kept).await
     }

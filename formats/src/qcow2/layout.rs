@@ -3,7 +3,7 @@
 //! Section names are those of the qcow2 specification (QEMU `docs/interop/qcow2`). Everything is
 //! big endian and of fixed width. Does no I/O and checks nothing; see `header`.
 
-use zerocopy::big_endian::{U32, U64};
+use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::limits::SLICE_BYTES;
@@ -61,6 +61,31 @@ pub(super) struct RawFeature {
     pub(super) name: [u8; 46],
 }
 
+/// The data of the bitmaps extension (section "Bitmaps extension").
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct RawBitmapPointer {
+    pub(super) count: U32,
+    pub(super) reserved: U32,
+    pub(super) bytes: U64,
+    pub(super) offset: U64,
+}
+
+/// The fixed part of a bitmap directory entry (section "Bitmap directory").
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct RawBitmapEntry {
+    pub(super) table: U64,
+    pub(super) entries: U32,
+    pub(super) flags: U32,
+    pub(super) kind: u8,
+    pub(super) granularity_bits: u8,
+    pub(super) name_len: U16,
+    pub(super) extra_len: U32,
+}
+
+const _: () = assert!(size_of::<RawBitmapPointer>() == 24);
+const _: () = assert!(size_of::<RawBitmapEntry>() == 24);
 const _: () = assert!(size_of::<RawHeader>() == 72);
 const _: () = assert!(size_of::<RawHeaderV3>() == 32);
 const _: () = assert!(size_of::<RawExtension>() == 8);

@@ -13,6 +13,7 @@ impl Image {
     /// been taken by somebody else meanwhile.
     pub(super) async fn load(self: Rc<Self>, miss: Miss) -> Result<()> {
         match miss {
+            Miss::Bitmaps => self.mark_in_use().await,
             Miss::L2Slice(slice) => self.load_once(miss, Self::read_l2_slice(&self, slice)).await,
             Miss::RefSlice(slice) => self.load_ref_slice(slice).await,
             Miss::L2Table(index) => {

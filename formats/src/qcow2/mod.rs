@@ -15,6 +15,14 @@
 
 mod ahead;
 mod alloc;
+mod alloc_run;
+mod bitmap_api;
+mod bitmap_change;
+mod bitmap_dir;
+mod bitmap_reason;
+mod bitmap_resize;
+mod bitmap_table;
+mod bitmap_track;
 mod cache;
 mod check;
 mod check_counts;
@@ -34,6 +42,7 @@ mod flush;
 mod freeze;
 mod guard;
 mod header;
+mod header_plan;
 mod image;
 mod layout;
 mod load;
@@ -70,6 +79,7 @@ mod tests;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use tests::fuzzing;
 
+pub use bitmap_reason::BitmapReason;
 pub use check::{CheckReport, check};
 pub use create::{create, create_with_data};
 pub use create_options::{CompressionType, CreateOptions};

@@ -152,6 +152,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     }
     let state = load_state(&core, &storage, header, &options, &name).await?;
     let image = assemble(core, storage, data, filename, options, state);
+    image.load_directory().await?;
     if writable {
         image.state.borrow_mut().writable = true;
         image.become_writable().await?;
@@ -177,6 +178,8 @@ fn assemble(
         tables: Mutex::new(&core, ()),
         frees: Mutex::new(&core, ()),
         header_writes: Mutex::new(&core, ()),
+        bitmap_changes: Mutex::new(&core, ()),
+        bitmaps: RefCell::default(),
         pending_ended: Notify::new(&core),
         loaded: Notify::new(&core),
         flushed: Notify::new(&core),

@@ -127,7 +127,11 @@ impl CompressedWrites for Packer {
     }
 
     fn begin_packed(&self, at: GuestOffset, len: u64) -> Result<WriteStep> {
-        self.0.begin_packed_write(at, len)
+        if let Some(miss) = self.0.write_waits_for()? {
+            return Ok(WriteStep::Miss(miss));
+        }
+        let step = self.0.begin_packed_write(at, len)?;
+        Ok(self.0.watch_packed(at, step))
     }
 }
 

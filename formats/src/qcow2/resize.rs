@@ -81,7 +81,11 @@ impl Image {
             self.preallocate(whole, to.size, to.preallocation).await?;
         }
         Rc::clone(self).flush().await?;
-        self.update_header(|header| header.size = to.size).await
+        self.update_header(|header| {
+            header.size = to.size;
+            self.apply_bitmaps(header);
+        })
+        .await
     }
 
     /// The entry of a cluster for the one who froze the image, in a table of this image alone.

@@ -1,44 +1,124 @@
 //! Changing the header.
 //!
-//! Numbers in the fixed fields change by writing one sector, which is all or nothing. A change of
-//! the backing reference also moves extensions and the name; then (1) what lies behind the first
-//! sector is written to places that the old header does not use, (2) barrier, (3) the first sector
-//! is written, (4) barrier. At any cut either the old or the new header is complete. If extensions
-//! are in the way, the table of feature names (which is only a help for people) is left out.
+//! Numbers in the fixed fields, and where the bitmaps are, change by writing one sector, which is
+//! all or nothing. Everything else moves extensions and the name: `header_plan` says in which steps
+//! that is safe. Each step: (1) what lies behind the first sector is written to places that the
+//! header in the file does not use; (2) barrier; (3) the sector that decides is written;
+//! (4) barrier. At any cut either the old or the new header is complete.
+//!
+//! A failure before (3) leaves no trace; one in (3) or (4) poisons the image: nobody knows then
+//! which header is in the file. Unknown extensions and fields are kept.
 
-use std::ops::Range;
 use std::rc::Rc;
 
 use liveblk_engine::format::BackingRef;
 use liveblk_engine::{ErrorKind, Result};
 
+use super::extensions::BITMAPS;
 use super::header::Header;
+use super::header_plan::{Content, area, changed_sectors, plan};
 use super::image::Image;
 use super::layout::{HEADER_V2, HEADER_V3, SECTOR};
-use crate::limits::BACKING_NAME_MAX;
-use crate::reason::Reason;
 
 impl Image {
-    /// Changes fixed fields of the header, durable when it returns. A failed write poisons the
-    /// image, because nobody knows then which header is in the file (after one for want of space the
-    /// old one is).
+    /// Changes the header, durable when it returns; see the module header.
     pub(super) async fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
         let _writes = self.header_writes.lock().await;
-        let mut header = self.state.borrow().header.clone();
-        change(&mut header);
+        let old = self.state.borrow().header.clone();
+        let mut new = old.clone();
+        change(&mut new);
+        if new.backing == old.backing && new.extensions.list == old.extensions.list {
+            return self.patch(0, new, |header| header.fixed_bytes()).await;
+        }
+        if only_bitmaps_differ(&old, &new)
+            && let Some(at) = old.data_of(BITMAPS)
+            && at.start / SECTOR == (at.end - 1) / SECTOR
+        {
+            let within = at.start % SECTOR;
+            let sector = at.start - within;
+            return self.patch_bitmaps(sector, within, &old, new).await;
+        }
+        self.relocate(&old, new).await
+    }
+
+    /// Writes `bytes` of the new header over the beginning of the sector at `at`.
+    async fn patch(
+        &self,
+        at: usize,
+        new: Header,
+        bytes: impl Fn(&Header) -> Vec<u8>,
+    ) -> Result<()> {
         let sector = self.core.pool().zeroed(SECTOR);
-        self.storage.read(0, sector.clone()).await?;
-        let fixed = if self.geometry.version == 3 { HEADER_V3 } else { HEADER_V2 };
-        let mut bytes = header.bytes();
-        bytes.truncate(fixed as usize);
-        sector.copy_from(0, &bytes);
-        self.write_sector(&sector).await?;
-        self.state.borrow_mut().header = header;
+        self.storage.read(at as u64, sector.clone()).await?;
+        sector.copy_from(0, &bytes(&new));
+        self.write_deciding(at, &sector).await?;
+        self.state.borrow_mut().header = new;
         Ok(())
     }
 
-    async fn write_sector(&self, sector: &liveblk_engine::buf::Buf) -> Result<()> {
-        let result = self.storage.write(0, sector.clone(), false).await.map(|_| ());
+    /// Writes where the bitmaps are, together with the fixed fields if they share the sector.
+    async fn patch_bitmaps(
+        &self,
+        at: usize,
+        within: usize,
+        old: &Header,
+        new: Header,
+    ) -> Result<()> {
+        if at != 0 && new.fixed_bytes() != old.fixed_bytes() {
+            return self.relocate(old, new).await;
+        }
+        let sector = self.core.pool().zeroed(SECTOR);
+        self.storage.read(at as u64, sector.clone()).await?;
+        if at == 0 {
+            sector.copy_from(0, &new.fixed_bytes());
+        }
+        sector.copy_from(within, new.extensions.find(BITMAPS).unwrap_or_default());
+        self.write_deciding(at, &sector).await?;
+        self.state.borrow_mut().header = new;
+        Ok(())
+    }
+
+    /// Writes a header with other extensions or another name.
+    async fn relocate(&self, old: &Header, mut new: Header) -> Result<()> {
+        if !new.bitmaps_valid() {
+            // Nobody maintained them: as the peer, leave out what nobody may use.
+            new.extensions.list.retain(|extension| extension.kind != BITMAPS);
+        }
+        let first = self.core.pool().zeroed(area(old, &new));
+        self.storage.read(0, first.clone()).await?;
+        let mut bytes = first.to_vec();
+        let steps = plan(old, &bytes, &new);
+        let steps = steps.map_err(|reason| self.error(reason, "change the header"))?;
+        for Content { header, bytes: next } in steps {
+            self.write_step(&bytes, &next).await?;
+            self.state.borrow_mut().header = header;
+            bytes = next;
+        }
+        Ok(())
+    }
+
+    async fn write_step(&self, old: &[u8], new: &[u8]) -> Result<()> {
+        let mut sectors = changed_sectors(old, new);
+        if sectors.is_empty() {
+            return Ok(());
+        }
+        // In a single changed sector lies what decides, wherever it is; else in the first one.
+        let deciding = sectors.remove(0) * SECTOR;
+        for sector in &sectors {
+            let at = sector * SECTOR;
+            let rest = new.get(at..at + SECTOR).unwrap_or_default();
+            self.write_bytes(at as u64, rest).await?;
+        }
+        if !sectors.is_empty() {
+            self.barrier().await?;
+        }
+        let sector = self.core.pool().zeroed(SECTOR);
+        sector.copy_from(0, new.get(deciding..deciding + SECTOR).unwrap_or_default());
+        self.write_deciding(deciding, &sector).await
+    }
+
+    async fn write_deciding(&self, at: usize, sector: &liveblk_engine::buf::Buf) -> Result<()> {
+        let result = self.storage.write(at as u64, sector.clone(), false).await.map(|_| ());
         // Without space nothing was written: the old header is there.
         if let Err(error) = &result
             && error.kind() != ErrorKind::NoSpace
@@ -57,86 +137,45 @@ impl Image {
         }
         // What the new reference relies on is durable before the reference is.
         Rc::clone(&self).flush().await?;
-        let _writes = self.header_writes.lock().await;
-        let old = self.state.borrow().header.clone();
-        let cluster = usize::try_from(self.geometry.cluster()).unwrap_or(0);
-        let area = self.core.pool().zeroed(cluster);
-        self.storage.read(0, area.clone()).await?;
-        let bytes = area.to_vec();
-        let (header, new) = plan(&old, &bytes, backing.as_ref())
-            .map_err(|reason| self.error(reason, "change the backing reference"))?;
-        let end = changed_end(&bytes, &new);
-        if end > SECTOR {
-            let rest = new.get(SECTOR..end).unwrap_or_default();
-            self.write_bytes(SECTOR as u64, rest).await?;
-            self.barrier().await?;
-        }
-        let sector = self.core.pool().zeroed(SECTOR);
-        sector.copy_from(0, new.get(..SECTOR).unwrap_or_default());
-        self.write_sector(&sector).await?;
-        self.state.borrow_mut().header = header;
-        Ok(())
+        self.update_header(|header| {
+            let format = backing.as_ref().and_then(|backing| backing.format.as_deref());
+            header.extensions.set_backing_format(format);
+            header.backing = backing.map(|backing| backing.file);
+        })
+        .await
     }
 }
 
-/// The end of what differs, rounded up to whole sectors.
-fn changed_end(old: &[u8], new: &[u8]) -> usize {
-    let last = old.iter().zip(new).rposition(|(old, new)| old != new);
-    last.map_or(0, |last| (last + 1).next_multiple_of(SECTOR)).min(new.len())
+/// Whether the lists of extensions differ in nothing but where the bitmaps are.
+fn only_bitmaps_differ(old: &Header, new: &Header) -> bool {
+    let (old_list, new_list) = (&old.extensions.list, &new.extensions.list);
+    old.backing == new.backing
+        && old_list.len() == new_list.len()
+        && old_list.iter().zip(new_list).all(|(old, new)| {
+            old == new
+                || (old.kind == new.kind && old.kind == BITMAPS && old.data.len() == new.data.len())
+        })
 }
 
-/// The header and the whole first cluster with the new reference, laid out so that the first sector
-/// decides, if that is possible at all.
-fn plan(
-    old: &Header,
-    bytes: &[u8],
-    backing: Option<&BackingRef>,
-) -> Result<(Header, Vec<u8>), Reason> {
-    let used = used_ranges(old);
-    let mut fallback = None;
-    for names in [true, false] {
-        let mut header = old.clone();
-        header.extensions.set_backing_format(backing.and_then(|b| b.format.as_deref()));
-        if !names {
-            header.extensions.drop_feature_names();
-        }
-        header.backing = backing.map(|backing| backing.file.clone());
-        let end = header.header_length as usize + header.extensions.bytes().len();
-        let behind_old = used.iter().map(|range| range.end).max().unwrap_or(0).max(end);
-        for at in [end, behind_old.next_multiple_of(8)] {
-            let Some(new) = lay_out(&mut header, bytes, at) else { continue };
-            let safe = used.iter().cloned().flatten().filter(|at| *at >= SECTOR);
-            if safe.into_iter().all(|at| bytes.get(at) == new.get(at)) {
-                return Ok((header, new));
+/// Bytes of the fields that have a fixed place.
+impl Header {
+    fn fixed_bytes(&self) -> Vec<u8> {
+        let fixed = if self.geometry.version == 3 { HEADER_V3 } else { HEADER_V2 };
+        let mut bytes = self.bytes();
+        bytes.truncate(fixed as usize);
+        bytes
+    }
+
+    /// Where the data of the first extension of this kind lies in the file.
+    pub(super) fn data_of(&self, kind: u32) -> Option<std::ops::Range<usize>> {
+        let mut at = self.header_length as usize;
+        for extension in &self.extensions.list {
+            let data = at + 8..at + 8 + extension.data.len();
+            if extension.kind == kind {
+                return Some(data);
             }
-            fallback.get_or_insert((header.clone(), new));
+            at = data.end.next_multiple_of(8);
         }
+        None
     }
-    fallback.ok_or(match backing {
-        Some(backing) if backing.file.len() > BACKING_NAME_MAX as usize => Reason::BackingName,
-        _ => Reason::HeaderFull,
-    })
-}
-
-/// The first cluster with this header and its backing name at `at`, if it fits.
-fn lay_out(header: &mut Header, bytes: &[u8], at: usize) -> Option<Vec<u8>> {
-    let name = header.backing.clone().unwrap_or_default();
-    if name.len() > BACKING_NAME_MAX as usize {
-        return None;
-    }
-    header.backing_offset = if name.is_empty() { 0 } else { at as u64 };
-    let content = header.bytes();
-    header.extensions.stored = content.len() - header.header_length as usize - 8;
-    let mut new = bytes.to_vec();
-    new.get_mut(..content.len())?.copy_from_slice(&content);
-    new.get_mut(at..at.checked_add(name.len())?)?.copy_from_slice(name.as_bytes());
-    Some(new)
-}
-
-/// What a header makes readers look at: fields, extensions with their end marker, the name.
-fn used_ranges(header: &Header) -> [Range<usize>; 2] {
-    let end = header.header_length as usize + header.extensions.stored + 8;
-    let at = usize::try_from(header.backing_offset).unwrap_or(0);
-    let name = header.backing.as_ref().map_or(0, String::len);
-    [0..end, at..at + name]
 }

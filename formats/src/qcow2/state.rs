@@ -59,6 +59,8 @@ pub(super) enum Miss {
     Clusters(u64),
     /// A slice of a refcount block.
     RefSlice(u64),
+    /// The mark in the file that bitmaps are in use.
+    Bitmaps,
 }
 
 impl Miss {
@@ -70,6 +72,7 @@ impl Miss {
             Self::L2Table(index) => (2, index),
             Self::Clusters(count) => (3, count),
             Self::RefSlice(slice) => (4, slice),
+            Self::Bitmaps => (15, 0),
         };
         MissId(tag << Self::SHIFT | value)
     }
@@ -81,6 +84,7 @@ impl Miss {
             2 => Some(Self::L2Table(value)),
             3 => Some(Self::Clusters(value)),
             4 => Some(Self::RefSlice(value)),
+            15 => Some(Self::Bitmaps),
             _ => None,
         }
     }

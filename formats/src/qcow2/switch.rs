@@ -299,6 +299,7 @@ impl<'a> Switch<'a> {
                 header.reftable_offset = place;
                 header.reftable_clusters = clusters;
                 change(header);
+                self.image.apply_bitmaps(header);
             })
             .await
     }

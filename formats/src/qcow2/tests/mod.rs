@@ -1,5 +1,8 @@
 //! Tests of whole images: a small mover of data, then models, peers, damage and failures on it.
 
+mod bitmaps;
+mod bitmaps_cuts;
+mod bitmaps_peer;
 mod corpus;
 mod created;
 mod cuts;
@@ -8,6 +11,7 @@ mod dirty;
 mod external;
 mod failures;
 pub mod fuzzing;
+mod header_cuts;
 mod ledger;
 mod matrix;
 mod model;

@@ -176,7 +176,7 @@ impl Facts {
         if !self.info.specific.is_empty() {
             lines.push("Format specific information:".to_owned());
             for (name, value) in &self.info.specific {
-                lines.push(told(name, value));
+                lines.push(told(1, name, value));
             }
         }
         lines.push("Child node '/file':".to_owned());
@@ -193,15 +193,28 @@ fn plain(value: &InfoValue) -> Value {
         InfoValue::Text(text) => json!(text),
         InfoValue::Number(number) => json!(number),
         InfoValue::Flag(flag) => json!(flag),
+        InfoValue::List(values) => values.iter().map(plain).collect(),
+        InfoValue::Record(facts) => {
+            let facts = facts.iter().map(|(name, value)| ((*name).to_owned(), plain(value)));
+            Value::Object(facts.collect())
+        }
     }
 }
 
-/// A format-specific fact as a line.
-fn told(name: &str, value: &InfoValue) -> String {
-    let name = name.replace('-', " ");
-    match value {
-        InfoValue::Text(text) => format!("    {name}: {text}"),
-        InfoValue::Number(number) => format!("    {name}: {number}"),
-        InfoValue::Flag(flag) => format!("    {name}: {flag}"),
-    }
+/// A format-specific fact as lines, `depth` steps to the right.
+fn told(depth: usize, name: &str, value: &InfoValue) -> String {
+    let start = format!("{}{}:", "    ".repeat(depth), name.replace('-', " "));
+    let inner: Vec<String> = match value {
+        InfoValue::Text(text) => return format!("{start} {text}"),
+        InfoValue::Number(number) => return format!("{start} {number}"),
+        InfoValue::Flag(flag) => return format!("{start} {flag}"),
+        InfoValue::List(values) => (0..)
+            .zip(values)
+            .map(|(index, value): (usize, _)| told(depth + 1, &format!("[{index}]"), value))
+            .collect(),
+        InfoValue::Record(facts) => {
+            facts.iter().map(|(name, value)| told(depth + 1, name, value)).collect()
+        }
+    };
+    [vec![start], inner].concat().join("\n")
 }
