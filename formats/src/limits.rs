@@ -51,11 +51,42 @@ pub const FLUSH_WINDOW: usize = 32;
 /// Problems that a check lists by text; more are only counted.
 pub const CHECK_PROBLEMS_MAX: usize = 100;
 
-/// The largest refcount array of a check in bytes.
+/// Bytes of the arrays in which one check counts. They follow what is really referred to: two bytes
+/// per used cluster of the file, twice.
 pub const CHECK_BYTES_MAX: u64 = 1 << 30;
 
 /// Bytes of refcount blocks that are read to see whether the mapping was made ahead of the data.
 pub const MAPPED_AHEAD_SCAN: u64 = 64 << 20;
+
+/// Clusters of a file that one check looks at (as the peer's).
+pub const CHECK_CLUSTERS_MAX: u64 = i32::MAX as u64;
+
+/// Entries of L1 tables and of bitmap tables, together, that one check looks at.
+pub const CHECK_ENTRIES_MAX: u64 = 64 << 20;
+
+/// L2 tables that a check reads together, if they are small.
+pub const CHECK_WINDOW: usize = 32;
+
+/// Clusters behind the end of a file in which a check remembers what refers to them.
+pub const BEYOND_CLUSTERS_MAX: u64 = 65_536;
+
+/// Refcount blocks that a repair makes even if each counts next to nothing.
+pub const REBUILD_BLOCKS_SPARSE: u64 = 4096;
+
+/// The largest snapshot table in bytes (as the peer's).
+pub const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
+
+/// Bytes of unknown data that one snapshot may carry (as the peer's).
+pub const SNAPSHOT_EXTRA_MAX: u64 = 1024;
+
+/// The most bitmaps of one image (as the peer's).
+pub const BITMAPS_MAX: u64 = 65_535;
+
+/// The largest bitmap directory in bytes (as the peer's).
+pub const BITMAP_DIRECTORY_BYTES_MAX: u64 = 65_535 * 1024;
+
+/// The largest bitmap table in entries (as the peer's).
+pub const BITMAP_TABLE_ENTRIES_MAX: u64 = 0x800_0000;
 
 /// Clusters that one step of a write-zeroes or discard changes at most.
 pub const ZERO_CLUSTERS_MAX: u64 = 65_536;
@@ -74,3 +105,10 @@ pub const UNPACKED_BYTES: u64 = 4 << 20;
 
 /// Unpacked clusters that one image keeps.
 pub const UNPACKED_CLUSTERS: usize = 64;
+
+/// Clusters of snapshot tables, their L1 tables and the bitmap directory that one image guards
+/// against overlaps.
+pub const INACTIVE_CLUSTERS_MAX: u64 = 1 << 18;
+
+/// Pieces of the set of known mapped clusters of one image: 512 bytes for 4096 clusters each.
+pub const MAPPED_CHUNKS_MAX: usize = 16_384;

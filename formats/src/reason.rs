@@ -38,8 +38,6 @@ pub enum Reason {
     Extension,
     /// Features that are unknown or not handled, by name.
     Features(String),
-    /// The dirty bit is set and the image should be writable.
-    Dirty(PathBuf),
     /// The corrupt bit is set and the image should be writable.
     CorruptBit,
     /// The data is in another file, and nobody says in which.
@@ -120,6 +118,12 @@ pub enum Reason {
     Refcount(u64),
     /// The image cannot grow further.
     TableFull,
+    /// Leaks cannot be repaired because the refcounts are damaged.
+    NeedsRebuild,
+    /// New refcounts would take far more space than what they count.
+    Scattered,
+    /// A dirty image whose refcounts could not be repaired.
+    DirtyRepair(String),
     /// The new size is not a multiple of 512.
     SizeAlignment,
     /// Shrinking would have to free clusters.
@@ -189,7 +193,6 @@ impl Reason {
             | Self::Version(_)
             | Self::Encrypted(_)
             | Self::Encryption(_)
-            | Self::Dirty(_)
             | Self::Shrink
             | Self::SnapshotDataFile
             | Self::ResizeSnapshots
@@ -197,7 +200,11 @@ impl Reason {
             | Self::PreallocationMode(_)
             | Self::NoBackingSupport(_)
             | Self::RawFixed => ErrorKind::Unsupported,
-            Self::CannotUnpack(..) | Self::DataBeyondEnd(..) => ErrorKind::Io(5),
+            Self::CannotUnpack(..)
+            | Self::DataBeyondEnd(..)
+            | Self::NeedsRebuild
+            | Self::DirtyRepair(_) => ErrorKind::Io(5),
+            Self::Scattered => ErrorKind::Unsupported,
             Self::SnapshotNotFound => ErrorKind::NotFound,
             Self::ActiveBitmaps => ErrorKind::Busy,
             Self::SnapshotsMany | Self::L1Grow => ErrorKind::Io(27),
@@ -264,6 +271,10 @@ impl Reason {
             Self::NoRefcountTable => "Image does not contain a reference count table",
             Self::SizeTooBig => "Image is too big",
             Self::L1Small => "L1 table is too small",
+            Self::NeedsRebuild => "need to rebuild refcount structures",
+            Self::Scattered => {
+                "Clusters are scattered so far that rebuilding the refcounts is refused"
+            }
             Self::TableFull => "qcow2: The refcount table cannot grow any further",
             Self::Shrink => "qcow2: Shrinking would discard allocated clusters: not supported",
             Self::SnapshotNotFound => "snapshot not found",
@@ -295,12 +306,7 @@ impl Reason {
                 write!(f, "qcow2 header length {len} is not a multiple of 8")
             }
             Self::Features(names) => write!(f, "Unsupported qcow2 feature(s): {names}"),
-            Self::Dirty(path) => write!(
-                f,
-                "qcow2: Image is marked dirty; repair it with 'qemu-img check -r all {}' \
-                     before it is opened read/write",
-                path.display()
-            ),
+            Self::DirtyRepair(cause) => write!(f, "Could not repair dirty image: {cause}"),
             Self::CompressionType(kind) => write!(f, "qcow2: unknown compression type: {kind}"),
             Self::Encrypted(name) => write!(f, "Unsupported qcow2 feature(s): {name} encryption"),
             Self::Encryption(method) => write!(f, "Unsupported encryption method {method}"),

@@ -13,6 +13,8 @@ use liveblk_engine::node::{Node, NodeId, NodeOptions, Role, User};
 
 use super::control::{Control, Result};
 use super::errors::Failure;
+use serde_json::Value;
+
 use crate::schema::{
     AioMode, BlockdevOptions, BlockdevRef, DetectZeroes, Discard, DriverOptions, FileOptions,
     OnOffAuto, Qcow2Options, RawOptions,
@@ -204,6 +206,7 @@ fn qcow2_options(qcow2: &Qcow2Options) -> Result<FormatOptions> {
     for (name, value) in flags {
         options.extend(value.map(|on| (name.to_owned(), InfoValue::Flag(on))));
     }
+    options.extend(overlap_options(qcow2.overlap_check.as_ref()));
     let interval = qcow2.cache_clean_interval;
     if interval.is_some_and(|seconds| !(0..=i64::from(u32::MAX)).contains(&seconds)) {
         return Err(Failure::generic("Cache clean interval too big"));
@@ -223,6 +226,24 @@ fn qcow2_options(qcow2: &Qcow2Options) -> Result<FormatOptions> {
         options.insert(name.to_owned(), InfoValue::Number(number));
     }
     Ok(options)
+}
+
+/// The overlap checks as flat options: a template, or its members by their names.
+fn overlap_options(checks: Option<&Value>) -> Vec<(String, InfoValue)> {
+    const NAME: &str = "overlap-check";
+    let option = |name: String, value: &Value| match value {
+        Value::Bool(on) => Some((name, InfoValue::Flag(*on))),
+        Value::String(text) => Some((name, InfoValue::Text(text.clone()))),
+        _ => None,
+    };
+    match checks {
+        None => Vec::new(),
+        Some(Value::Object(members)) => {
+            let named = members.iter();
+            named.filter_map(|(name, value)| option(format!("{NAME}.{name}"), value)).collect()
+        }
+        Some(template) => option(NAME.to_owned(), template).into_iter().collect(),
+    }
 }
 
 /// What holds an image.

@@ -251,6 +251,8 @@ pub struct Qcow2Options {
     pub pass_discard_other: Option<bool>,
     /// Whether refcounts may be written late, under the image's dirty bit.
     pub lazy_refcounts: Option<bool>,
+    /// Which metadata is guarded against overlaps: a template, or flags; checked by the schema.
+    pub overlap_check: Option<Value>,
 }
 
 /// Tells `"backing": null` from no `backing`.

@@ -3,7 +3,8 @@
 //! A reserved run has refcount 0 and belongs to the allocator alone; taking clusters sets their
 //! refcounts to 1 in memory, which the next flush writes before any entry that uses them. Clusters
 //! below the end of the file are handed out only where a refcount block says that they are free;
-//! where no block exists nothing is known, so such regions are left alone.
+//! where no block exists nothing is known, so such regions are left alone. A count is not believed
+//! alone: what holds metadata or is known to hold guest data is never handed out.
 
 use std::rc::Rc;
 
@@ -35,7 +36,7 @@ impl State {
                 self.allocator.runs.swap_remove(at);
             }
             self.allocator.fresh = false;
-            if taken.clusters().all(|cluster| self.refcount(cluster) == Some(0)) {
+            if taken.clusters().all(|cluster| self.is_free(cluster)) {
                 for cluster in taken.clusters() {
                     self.set_refcount(cluster, 1);
                 }
@@ -58,7 +59,14 @@ impl State {
             }
         }
         self.allocator.fresh = false;
-        self.refcount(cluster) == Some(0) && self.set_refcount(cluster, 1)
+        self.is_free(cluster) && self.set_refcount(cluster, 1)
+    }
+
+    /// Whether nothing is known to use `cluster`: neither a count, nor metadata, nor guest data.
+    fn is_free(&self, cluster: HostCluster) -> bool {
+        self.refcount(cluster) == Some(0)
+            && !self.metadata.contains_key(&cluster.0)
+            && !self.mapped.contains(cluster)
     }
 
     /// Takes clusters back that nobody refers to and nobody accesses.
@@ -106,7 +114,8 @@ impl State {
         for cluster in from.max(slice * entries)..last {
             let free = counts::get(bytes, order, cluster % entries) == 0
                 && !self.is_reserved(HostCluster(cluster))
-                && !self.metadata.contains_key(&cluster);
+                && !self.metadata.contains_key(&cluster)
+                && !self.mapped.contains(HostCluster(cluster));
             if !free {
                 if found.is_some_and(|run| run.count >= want) {
                     break;
@@ -211,7 +220,7 @@ impl Image {
                 let next = at.plus(run.count);
                 let (slice, _) = self.state.borrow().ref_position(next);
                 self.load_ref_slice(slice).await?;
-                if self.state.borrow().refcount(next) != Some(0) {
+                if !self.state.borrow().is_free(next) {
                     break;
                 }
                 run.count += 1;
@@ -221,7 +230,7 @@ impl Image {
                 continue;
             }
             if run.count == 0 {
-                // Counted although it lies behind the end: a leak, or another program's plan.
+                // Counted or used although it lies behind the end: a leak, or another program's plan.
                 state.allocator.end += 1;
                 continue;
             }

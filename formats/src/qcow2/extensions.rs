@@ -18,6 +18,8 @@ pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
 pub(super) const DATA_FILE: u32 = 0x4441_5441;
 /// Persistent bitmaps.
 pub(super) const BITMAPS: u32 = 0x2385_2875;
+/// Where the encryption header lies.
+pub(super) const ENCRYPTION_HEADER: u32 = 0x0537_be77;
 
 /// One extension as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -29,6 +29,7 @@ use super::image::Image;
 use super::layout::{ENTRY_BYTES, Run, SECTOR};
 use super::state::{Health, State, Table, set_word};
 use crate::limits::FLUSH_WINDOW;
+use crate::reason::Reason;
 
 /// A copied piece of metadata: slice or sector number, where it goes, its bytes.
 struct Piece {
@@ -106,7 +107,12 @@ impl Image {
             let mut state = self.state.borrow_mut();
             match &state.health {
                 Health::Good if !state.writable => return Ok(()),
-                Health::Good => {}
+                Health::Good => {
+                    if let Err(reason) = state.check_targets() {
+                        drop(state);
+                        return self.refuse(reason);
+                    }
+                }
                 Health::Poisoned(_) | Health::Corrupt(_) => return state.check_writable(),
             }
             state.write_outs += 1;
@@ -125,6 +131,14 @@ impl Image {
             state.quarantine.push_back((self.epochs.retire(), unlinked));
         }
         result
+    }
+
+    /// Nothing is written where something else lies.
+    fn refuse(&self, reason: Reason) -> Result<()> {
+        match self.me.upgrade() {
+            Some(image) => image.judge(Err(reason)),
+            None => Err(self.error(reason, "write")),
+        }
     }
 
     async fn write_copies(&self, copies: &mut Copies) -> Result<()> {

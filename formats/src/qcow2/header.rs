@@ -4,8 +4,6 @@
 //! overflow, tables not absurdly far beyond the file), so later code computes with it freely. The
 //! texts are the peer's. Fields that this version does not know survive a rewrite.
 
-use std::path::Path;
-
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::extensions::Extensions;
@@ -46,6 +44,27 @@ impl Header {
     /// Reads a header from the first bytes of a file of `file_size` bytes (at least the first
     /// cluster, or all of the file).
     pub(super) fn parse(bytes: &[u8], file_size: u64) -> Result<Self, Reason> {
+        let (header, encryption) = Self::fields(bytes)?;
+        header.check_encryption(encryption)?;
+        if header.reftable_clusters == 0 {
+            return Err(Reason::NoRefcountTable);
+        }
+        header.check_compression()?;
+        header.check_tables(file_size)?;
+        Ok(header)
+    }
+
+    /// As [`Self::parse`], for a check: encrypted images and images without a refcount table are
+    /// taken too.
+    pub(super) fn parse_for_check(bytes: &[u8], file_size: u64) -> Result<Self, Reason> {
+        let (header, _) = Self::fields(bytes)?;
+        header.check_compression()?;
+        header.check_tables(file_size)?;
+        Ok(header)
+    }
+
+    /// The fields, each inside its own bounds, and the encryption method.
+    fn fields(bytes: &[u8]) -> Result<(Self, u32), Reason> {
         let magic = bytes.get(..4).ok_or(Reason::NotQcow2)?;
         if magic != MAGIC.to_be_bytes() {
             return Err(Reason::NotQcow2);
@@ -103,10 +122,7 @@ impl Header {
             further: slice(bytes, u64::from(HEADER_V3), u64::from(header_length)).to_vec(),
             extensions,
         };
-        header.check_encryption(raw.crypt_method.get())?;
-        header.check_compression()?;
-        header.check_tables(file_size)?;
-        Ok(header)
+        Ok((header, raw.crypt_method.get()))
     }
 
     fn check_encryption(&self, method: u32) -> Result<(), Reason> {
@@ -129,9 +145,6 @@ impl Header {
 
     fn check_tables(&self, file_size: u64) -> Result<(), Reason> {
         let geometry = self.geometry;
-        if self.reftable_clusters == 0 {
-            return Err(Reason::NoRefcountTable);
-        }
         let table = |name, offset: u64, bytes: u64, max: u64| {
             if bytes > max {
                 return Err(Reason::TableLarge(name));
@@ -165,15 +178,12 @@ impl Header {
     }
 
     /// Checks what this version can do with the image.
-    pub(super) fn check_features(&self, writable: bool, name: &Path) -> Result<(), Reason> {
+    pub(super) fn check_features(&self, writable: bool) -> Result<(), Reason> {
         if !writable {
             return Ok(());
         }
         if self.incompatible & INCOMPATIBLE_CORRUPT != 0 {
             return Err(Reason::CorruptBit);
-        }
-        if self.incompatible & INCOMPATIBLE_DIRTY != 0 {
-            return Err(Reason::Dirty(name.to_owned()));
         }
         Ok(())
     }

@@ -20,6 +20,7 @@ use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::layout::{AUTOCLEAR_DATA_FILE_RAW, Geometry, INCOMPATIBLE_CORRUPT};
+use super::open::{load_state, read_header, repair_dirty};
 use super::options::Options;
 use super::pack::Packer;
 use super::state::{Health, Miss, State};
@@ -299,8 +300,16 @@ impl Image {
             self.state.borrow_mut().writable = false;
             return result;
         }
-        let checked = self.state.borrow().header.check_features(true, &self.filename);
+        let checked = self.state.borrow().header.check_features(true);
         checked.map_err(|reason| self.error(reason, "open"))?;
+        if self.state.borrow().header.dirty() {
+            repair_dirty(&self.core, &self.storage).await?;
+        }
+        // What was read while nothing could change is read again, and looked at more closely.
+        let name = self.filename.to_string_lossy();
+        let header = read_header(&self.core, &self.storage).await?;
+        let state = load_state(&self.core, &self.storage, header, &self.options, &name).await?;
+        *self.state.borrow_mut() = state;
         self.state.borrow_mut().writable = true;
         let result = self.become_writable().await;
         if result.is_err() {

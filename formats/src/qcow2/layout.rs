@@ -100,6 +100,10 @@ pub(super) const COMPRESSED: u64 = 1 << 62;
 pub(super) const ZERO: u64 = 1;
 /// Bits 9 to 55 of L1 and L2 entries.
 pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits of L1 entries that must be 0.
+pub(super) const L1_RESERVED: u64 = !(OFFSET_MASK | COPIED);
+/// Bits of L2 entries of plain clusters that must be 0 (bit 0 has a meaning, or none at all).
+pub(super) const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bits 9 to 63 of refcount table entries.
 pub(super) const REFTABLE_MASK: u64 = !0x1ff;
 

@@ -75,7 +75,9 @@ impl Image {
         self.make_room(State::make_l2_room).await;
         // The table may have moved meanwhile; then the caller misses again.
         if table() == Some(host) {
-            self.state.borrow_mut().l2.insert(slice, bytes);
+            let mut state = self.state.borrow_mut();
+            state.note_mapped(&bytes);
+            state.l2.insert(slice, bytes);
         }
         Ok(())
     }

@@ -16,10 +16,13 @@ use liveblk_engine::storage::Storage;
 
 use super::cache::{Cache, IntMap};
 use super::datafile::DataPlace;
+use super::guard::claim_inactive;
 use super::header::Header;
 use super::image::Image;
 use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
+use super::mapped::Mapped;
 use super::options::Options;
+use super::repair::{Repair, repair};
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
 use super::unpack::Unpacked;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
@@ -33,6 +36,19 @@ const SHORTEST: usize = HEADER_V3 as usize;
 
 /// Reads and validates the header.
 pub(super) async fn read_header(core: &Core, storage: &Storage) -> Result<Header> {
+    let bytes = read_header_bytes(core, storage).await?;
+    let parsed = Header::parse(&bytes, storage.size());
+    parsed.map_err(|reason| reason.error("open").on(storage.name()))
+}
+
+/// Reads the header for a check or a repair.
+pub(super) async fn read_header_for_check(core: &Core, storage: &Storage) -> Result<Header> {
+    let bytes = read_header_bytes(core, storage).await?;
+    let parsed = Header::parse_for_check(&bytes, storage.size());
+    parsed.map_err(|reason| reason.error("check").on(storage.name()))
+}
+
+async fn read_header_bytes(core: &Core, storage: &Storage) -> Result<Vec<u8>> {
     let size = storage.size();
     let first = read(core, storage, 0, size.min(FIRST_READ)).await?;
     // The field is read again, and checked, by `parse`; here it only says how much to read.
@@ -48,8 +64,7 @@ pub(super) async fn read_header(core: &Core, storage: &Storage) -> Result<Header
         // What a short file does not have reads as zeroes; the checks of the fields refuse it.
         bytes.resize(bytes.len().max(SHORTEST), 0);
     }
-    let parsed = Header::parse(&bytes, size);
-    parsed.map_err(|reason| reason.error("open").on(storage.name()))
+    Ok(bytes)
 }
 
 /// Reads `len` bytes at `offset`.
@@ -83,59 +98,19 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     let options = options.with(&open.options);
     let refuse = |fault| Reason::Option(fault).error("open").on(storage.name());
     let options = options.map_err(refuse)?;
-    let header = read_header(&core, &storage).await?;
+    let mut header = read_header(&core, &storage).await?;
     let name = filename.to_string_lossy().into_owned();
-    let checked = header.check_features(writable, &filename);
+    let checked = header.check_features(writable);
     checked.map_err(|reason| reason.error("open").on(&name))?;
     let data = super::datafile::open(&header, &data, &filename).await?;
     let geometry = header.geometry;
     options.check(geometry.version, geometry.cluster()).map_err(refuse)?;
-    let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_size) * ENTRY_BYTES);
-    if l1_end > storage.size() {
-        // Missing entries would read as "nothing is allocated", which is wrong data.
-        return Err(Reason::Truncated("L1 table").error("open").on(&name));
+    if writable && header.dirty() {
+        header = repair_dirty(&core, &storage).await?;
     }
-    let l1 = read_words(&core, &storage, header.l1_offset, header.l1_size.into()).await?;
-    let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
-    let reftable = read_words(&core, &storage, header.reftable_offset, entries).await?;
-    let metadata = metadata_of(&header, &l1, &reftable);
-    let last = metadata.keys().copied().max().unwrap_or(0);
-    let file_end = geometry.clusters(storage.size());
-    // Absurd table entries must not move the end; using them gives an error anyway.
-    let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
-    let end = if last < sane { file_end.max(last + 1) } else { file_end };
-    let state = State {
-        geometry,
-        data_place: DataPlace::of(&header, options.discard_unmap),
-        header,
-        writable,
-        health: Health::Good,
-        l1,
-        l1_dirty: BTreeSet::new(),
-        reftable,
-        reftable_dirty: BTreeSet::new(),
-        l2: cache(options.l2_cache, geometry),
-        refs: cache(options.refcount_cache, geometry),
-        metadata,
-        pending: BTreeMap::new(),
-        writes: IntMap::default(),
-        next_token: 1,
-        allocator: Allocator { end, ..Allocator::default() },
-        loading: BTreeSet::new(),
-        unpacked: Unpacked::new(geometry),
-        unlinked: Vec::new(),
-        quarantine: VecDeque::new(),
-        released: Vec::new(),
-        flushes: FlushRuns { started: 0, finished: 0, running: false, own: false, result: Ok(()) },
-        write_outs: 0,
-        #[cfg(feature = "planted-bugs")]
-        reuses_at_once: liveblk_engine::planted::has(
-            &core,
-            liveblk_engine::planted::Planted::FreedReusedAtOnce,
-        ),
-    };
     // Each holds a cluster and its packed bytes, both twice for a moment.
     let packing = (PACKING_BYTES / (4 * geometry.cluster())).clamp(1, PACKING_MAX);
+    let state = load_state(&core, &storage, header, &options, &name).await?;
     let image = Rc::new_cyclic(|me| Image {
         me: me.clone(),
         growth: Mutex::new(&core, ()),
@@ -158,9 +133,80 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
         state: RefCell::new(state),
     });
     if writable {
+        image.state.borrow_mut().writable = true;
         image.become_writable().await?;
     }
     Ok(image)
+}
+
+/// Repairs an image whose refcounts may be stale; its header afterwards.
+pub(super) async fn repair_dirty(core: &Core, storage: &Storage) -> Result<Header> {
+    tracing::warn!(image = storage.name(), "the image is marked dirty: repairing its refcounts");
+    let report = repair(core, storage, Repair::All)
+        .await
+        .map_err(|error| Reason::DirtyRepair(error.to_string()).error("open").on(storage.name()))?;
+    if !report.is_clean() {
+        tracing::warn!(image = storage.name(), ?report, "damage is left after the repair");
+    }
+    read_header(core, storage).await
+}
+
+/// The tables that stay in memory, of an image that is not written yet.
+pub(super) async fn load_state(
+    core: &Core,
+    storage: &Storage,
+    header: Header,
+    options: &Options,
+    name: &str,
+) -> Result<State> {
+    let geometry = header.geometry;
+    let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_size) * ENTRY_BYTES);
+    if l1_end > storage.size() {
+        // Missing entries would read as "nothing is allocated", which is wrong data.
+        return Err(Reason::Truncated("L1 table").error("open").on(name));
+    }
+    let l1 = read_words(core, storage, header.l1_offset, header.l1_size.into()).await?;
+    let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
+    let reftable = read_words(core, storage, header.reftable_offset, entries).await?;
+    let mut metadata = metadata_of(&header, &l1, &reftable);
+    claim_inactive(core, storage, &header, &mut metadata).await?;
+    let last = metadata.keys().copied().max().unwrap_or(0);
+    let file_end = geometry.clusters(storage.size());
+    // Absurd table entries must not move the end; using them gives an error anyway.
+    let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
+    let end = if last < sane { file_end.max(last + 1) } else { file_end };
+    Ok(State {
+        geometry,
+        data_place: DataPlace::of(&header, options.discard_unmap),
+        header,
+        writable: false,
+        health: Health::Good,
+        l1,
+        l1_dirty: BTreeSet::new(),
+        reftable,
+        reftable_dirty: BTreeSet::new(),
+        l2: cache(options.l2_cache, geometry),
+        refs: cache(options.refcount_cache, geometry),
+        metadata,
+        overlap: options.overlap,
+        mapped: Mapped::default(),
+        pending: BTreeMap::new(),
+        writes: IntMap::default(),
+        next_token: 1,
+        allocator: Allocator { end, ..Allocator::default() },
+        loading: BTreeSet::new(),
+        unpacked: Unpacked::new(geometry),
+        unlinked: Vec::new(),
+        quarantine: VecDeque::new(),
+        released: Vec::new(),
+        flushes: FlushRuns { started: 0, finished: 0, running: false, own: false, result: Ok(()) },
+        write_outs: 0,
+        #[cfg(feature = "planted-bugs")]
+        reuses_at_once: liveblk_engine::planted::has(
+            core,
+            liveblk_engine::planted::Planted::FreedReusedAtOnce,
+        ),
+    })
 }
 
 fn cache(bytes: u64, geometry: Geometry) -> Cache {

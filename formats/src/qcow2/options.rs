@@ -8,6 +8,7 @@ use std::fmt;
 
 use liveblk_engine::format::{FormatOptions, InfoValue};
 
+use super::overlap::{Overlap, overlap_check};
 use crate::limits::{L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES};
 
 /// What is wrong with an option; Display is the whole text, the peer's where it has one.
@@ -23,6 +24,12 @@ pub enum OptionFault {
     EntrySize(u64),
     /// Lazy refcounts in a version 2 image.
     LazyVersion,
+    /// An unknown set of overlap checks.
+    OverlapValue(String),
+    /// Two different sets of overlap checks.
+    OverlapConflict(String, String),
+    /// Neither on nor off.
+    OnOff(String),
 }
 
 impl fmt::Display for OptionFault {
@@ -40,6 +47,17 @@ impl fmt::Display for OptionFault {
                 "L2 cache entry size must be a power of two between 512 and the cluster size \
                  ({cluster})"
             ),
+            Self::OverlapValue(value) => write!(
+                f,
+                "Unsupported value '{value}' for qcow2 option 'overlap-check'. Allowed are any of \
+                 the following: none, constant, cached, all"
+            ),
+            Self::OverlapConflict(flat, member) => write!(
+                f,
+                "Conflicting values for qcow2 options 'overlap-check' ('{flat}') and \
+                 'overlap-check.template' ('{member}')"
+            ),
+            Self::OnOff(name) => write!(f, "Parameter '{name}' expects 'on' or 'off'"),
             Self::LazyVersion => f.write_str(
                 "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
             ),
@@ -61,6 +79,8 @@ pub struct Options {
     pub refcount_cache: u64,
     /// Bytes of a cached piece of an L2 table, if given; only checked.
     pub l2_cache_entry: Option<u64>,
+    /// Which metadata is guarded against writes of other things.
+    pub overlap: Overlap,
 }
 
 impl Default for Options {
@@ -71,6 +91,7 @@ impl Default for Options {
             l2_cache: L2_CACHE_BYTES,
             refcount_cache: REFCOUNT_CACHE_BYTES,
             l2_cache_entry: None,
+            overlap: Overlap::default(),
         }
     }
 }
@@ -97,10 +118,13 @@ impl Options {
                     InfoValue::Flag(_),
                 )
                 | ("cache-clean-interval", InfoValue::Number(_)) => {}
+                (name, InfoValue::Text(_) | InfoValue::Flag(_))
+                    if name.starts_with("overlap-check") => {}
                 _ => return Err(OptionFault::Bad(name.clone())),
             }
         }
         self.share_out(both, l2, refcounts)?;
+        self.overlap = overlap_check(given)?;
         Ok(self)
     }
 

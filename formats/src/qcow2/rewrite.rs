@@ -20,7 +20,8 @@ use crate::reason::Reason;
 
 impl Image {
     /// Changes fixed fields of the header, durable when it returns. A failed write poisons the
-    /// image: nobody knows then which header is in the file.
+    /// image, because nobody knows then which header is in the file (after one for want of space the
+    /// old one is).
     pub(super) async fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
         let _writes = self.header_writes.lock().await;
         let mut header = self.state.borrow().header.clone();

@@ -13,9 +13,11 @@ use super::datafile::DataPlace;
 use super::entry::{Entry, RawEntry};
 use super::header::Header;
 use super::layout::{
-    COPIED, ENTRY_BYTES, Geometry, GuestCluster, HostCluster, OFFSET_MASK, REFTABLE_MASK, Run,
-    SECTOR,
+    COMPRESSED, COPIED, ENTRY_BYTES, Geometry, GuestCluster, HostCluster, OFFSET_MASK,
+    REFTABLE_MASK, Run, SECTOR,
 };
+use super::mapped::Mapped;
+use super::overlap::Overlap;
 use super::packed::Packed;
 use super::unpack::Unpacked;
 use crate::limits::BEYOND_END_MAX;
@@ -29,6 +31,10 @@ pub(super) enum Meta {
     RefTable,
     RefBlock(u64),
     L2(u64),
+    /// The snapshot table or a snapshot's L1 table.
+    Snapshots,
+    /// The bitmap directory.
+    Bitmaps,
 }
 
 /// Whether the image takes writes.
@@ -164,6 +170,10 @@ pub(super) struct State {
     pub(super) l2: Cache,
     pub(super) refs: Cache,
     pub(super) metadata: IntMap<Meta>,
+    /// Which of it guest data may not be written into.
+    pub(super) overlap: Overlap,
+    /// Clusters that are known to hold guest data.
+    pub(super) mapped: Mapped,
     /// Guest clusters with pending writes.
     pub(super) pending: BTreeMap<u64, Busy>,
     pub(super) writes: IntMap<PendingWrite>,
@@ -309,9 +319,10 @@ impl State {
         Ok(Lookup::Entry(entry))
     }
 
-    /// Whether the cluster at byte `host` holds metadata.
+    /// Whether the cluster at byte `host` holds metadata that is guarded.
     pub(super) fn is_metadata(&self, host: u64) -> bool {
-        self.metadata.contains_key(&self.geometry.host_cluster(host).0)
+        let meta = self.metadata.get(&self.geometry.host_cluster(host).0);
+        meta.is_some_and(|meta| self.overlap.guards(*meta))
     }
 
     /// The first cluster that a packed one would share with metadata.
@@ -330,6 +341,10 @@ impl State {
         let index = self.geometry.slice_index(cluster);
         let Some(bytes) = self.l2.change(self.geometry.slice_of(cluster)) else { return false };
         raw.store(bytes, index, self.geometry);
+        let own = raw.word & COMPRESSED == 0 && !self.geometry.external;
+        if own && raw.word & OFFSET_MASK != 0 {
+            self.mapped.insert(self.geometry.host_cluster(raw.word & OFFSET_MASK));
+        }
         true
     }
 
@@ -370,6 +385,7 @@ impl State {
         if value == 0 {
             self.close_packing(cluster);
             self.unpacked.forget(cluster, self.geometry);
+            self.mapped.remove(cluster);
         }
         true
     }

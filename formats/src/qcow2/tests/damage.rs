@@ -84,8 +84,7 @@ fn bad_headers_are_refused_with_the_peers_texts() {
     let small = patched(&good, &[(20, &be32(13)), (72, &be64(16))]);
     assert_eq!(refusal(&small, true).as_deref(), Some("Unsupported subcluster size: 256"));
     let dirty = patched(&good, &[(72, &be64(1))]);
-    let text = refusal(&dirty, true).expect("is refused");
-    assert!(text.contains("qemu-img check -r all /image"), "{text}");
+    assert_eq!(refusal(&dirty, true), None, "it is repaired");
     assert_eq!(refusal(&dirty, false), None);
     assert_eq!(refusal(&patched(&good, &[(72, &be64(2))]), false), None);
     let snapshots = patched(&good, &[(60, &be32(1)), (64, &be64(0x10000))]);

@@ -45,7 +45,7 @@ fn a_full_disk_at_any_write_is_undone_and_work_goes_on_afterwards() {
             memory.plant_fault(Some((nth, ENOSPC)));
             let failed = script(&disk).await.into_iter().filter_map(Result::err);
             for error in failed {
-                assert_eq!(error.kind(), ErrorKind::NoSpace, "write {nth}: {error}");
+                assert_eq!(error.kind(), ErrorKind::NoSpace, "write {nth}: {error:?}");
             }
             let storage = disk.format.data_storage().clone();
             let report = check(&core, &storage).await.expect("is checked");

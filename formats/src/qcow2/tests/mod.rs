@@ -3,11 +3,15 @@
 mod created;
 mod cuts;
 mod damage;
+mod dirty;
 mod external;
 mod failures;
 mod model;
 mod mover;
+mod mutations;
 mod packing;
 mod peer;
+mod repair;
+mod specimen;
 mod steps;
 mod subclusters;

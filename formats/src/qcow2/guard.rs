@@ -1,0 +1,95 @@
+//! Overlap checks: nothing is written into metadata but that metadata itself.
+//!
+//! Before guest data goes anywhere, its place is looked up in the map of metadata clusters
+//! (`State::lookup`); before a write-out starts, every dirty piece is checked to go where its own
+//! kind of metadata is ([`State::check_targets`]). What is guarded follows the option
+//! `overlap-check`; the allocator always keeps away from all of it.
+
+use liveblk_engine::Result;
+use liveblk_engine::executor::Core;
+use liveblk_engine::storage::Storage;
+
+use super::cache::IntMap;
+use super::check_lists::{SnapshotReader, bitmap_directory};
+use super::header::Header;
+use super::layout::{ENTRY_BYTES, SECTOR};
+use super::state::{Meta, State, Table};
+use crate::limits::{INACTIVE_CLUSTERS_MAX, L1_BYTES_MAX};
+use crate::reason::Reason;
+
+/// Adds the clusters of snapshot table, L1 tables of snapshots and bitmap directory to `metadata`,
+/// as far as they can be read; where two claim one cluster, the first keeps it.
+pub(super) async fn claim_inactive(
+    core: &Core,
+    storage: &Storage,
+    header: &Header,
+    metadata: &mut IntMap<Meta>,
+) -> Result<()> {
+    let geometry = header.geometry;
+    let mut left = INACTIVE_CLUSTERS_MAX;
+    let mut claim = |offset: u64, bytes: u64, meta: Meta| {
+        let first = geometry.host_cluster(offset).0;
+        let clusters = geometry.clusters(bytes).min(left);
+        left -= clusters;
+        for cluster in first..first.saturating_add(clusters) {
+            metadata.entry(cluster).or_insert(meta);
+        }
+    };
+    let mut reader = SnapshotReader::new(core, storage, header.snapshots_offset);
+    for _ in 0..header.nb_snapshots {
+        if header.snapshots_offset + reader.stored_bytes() >= storage.size() {
+            break;
+        }
+        let Some(snapshot) = reader.next().await? else { break };
+        let (offset, entries) = snapshot.l1();
+        if entries * ENTRY_BYTES <= L1_BYTES_MAX && offset < storage.size() {
+            claim(offset, entries * ENTRY_BYTES, Meta::Snapshots);
+        }
+    }
+    claim(header.snapshots_offset, reader.stored_bytes(), Meta::Snapshots);
+    if let Some((offset, bytes)) = bitmap_directory(header) {
+        claim(offset, bytes, Meta::Bitmaps);
+    }
+    Ok(())
+}
+
+impl State {
+    /// Fails if a dirty piece of metadata would not go where its own kind of metadata is.
+    pub(super) fn check_targets(&self) -> Result<(), Reason> {
+        let geometry = self.geometry;
+        let sectors = [
+            (&self.l1_dirty, self.header.l1_offset, Meta::L1),
+            (&self.reftable_dirty, self.header.reftable_offset, Meta::RefTable),
+        ];
+        for (dirty, start, meta) in sectors {
+            for sector in dirty {
+                let host = start + sector * SECTOR as u64;
+                if self.metadata.get(&geometry.host_cluster(host).0) != Some(&meta) {
+                    return Err(Reason::Overlap(host));
+                }
+            }
+        }
+        for slice in self.refs.dirty_keys() {
+            self.block(slice / geometry.block_slices())?;
+        }
+        for slice in self.l2.dirty_keys() {
+            let index = geometry.l1_of_slice(slice);
+            if self.l2_table(index)? == Table::None {
+                return Err(Reason::BadEntry("L1", index as u64, 0));
+            }
+        }
+        Ok(())
+    }
+
+    /// Remembers what the entries of a slice name as clusters with guest data.
+    pub(super) fn note_mapped(&mut self, bytes: &[u8]) {
+        if !self.writable || self.geometry.external {
+            return;
+        }
+        for index in 0..usize::try_from(self.geometry.slice_entries()).unwrap_or(0) {
+            if let Some(host) = self.decode(bytes, index).host() {
+                self.mapped.insert(self.geometry.host_cluster(host));
+            }
+        }
+    }
+}
