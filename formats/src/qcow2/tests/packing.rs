@@ -11,13 +11,13 @@ use crate::qcow2::{CompressionType, CreateOptions, check, create};
 const CLUSTER: u64 = 64 << 10;
 
 /// Bytes that get smaller, different for each `seed`.
-fn soft(seed: u64, len: usize) -> Vec<u8> {
+pub(super) fn soft(seed: u64, len: usize) -> Vec<u8> {
     let words = (0..).map(|at: u64| (at / 5).wrapping_mul(seed * 2 + 1) % 1000);
     words.flat_map(u64::to_be_bytes).take(len).collect()
 }
 
 /// Bytes that do not.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed | 1;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
@@ -32,7 +32,7 @@ async fn image(core: &Core, options: CreateOptions) -> Disk {
     open(core, storage, true).await.expect("opens")
 }
 
-fn mapping(disk: &Disk, at: u64, len: u64) -> Extents {
+pub(super) fn mapping(disk: &Disk, at: u64, len: u64) -> Extents {
     let mut extents = Extents::new();
     drop(disk.format.resolve(GuestRange::new(at, len), &mut extents));
     extents
