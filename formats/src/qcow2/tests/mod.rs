@@ -10,6 +10,7 @@ mod model;
 mod mover;
 mod mutations;
 mod packing;
+mod packing_faults;
 mod packing_peer;
 mod peer;
 mod repair;
