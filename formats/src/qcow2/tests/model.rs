@@ -13,7 +13,7 @@ use liveblk_engine::format::{InfoValue, ZeroMode};
 
 use super::mover::{Disk, file, open};
 use super::peer;
-use crate::qcow2::{CreateOptions, check, create_with_data};
+use crate::qcow2::{CompressionType, CreateOptions, check, create_with_data};
 
 const SECTOR: u64 = 512;
 const PATH: &str = "/image";
@@ -133,7 +133,9 @@ impl Work {
                 _ => 1 + rng.bits() % 300,
             };
             let (first, count) = self.piece(&mut rng, len);
-            match rng.bits() % 16 {
+            let bits = rng.bits();
+            match bits % 16 {
+                0..=3 if bits >> 63 == 0 => self.write_compressed(first, count).await,
                 0..=6 => self.write(first, count).await,
                 7 => self.zero(first, count, ZeroMode::Keep).await,
                 8 | 9 => self.zero(first, count, ZeroMode::Unmap).await,
@@ -154,6 +156,28 @@ impl Work {
         };
         let bytes = sector_bytes(value).repeat(count as usize);
         self.disk.write(first * SECTOR, &bytes).await.expect("writes succeed");
+        self.model.borrow_mut().end(first, count);
+    }
+
+    /// The whole clusters among these sectors, compressed.
+    async fn write_compressed(&self, first: u64, count: u64) {
+        let cluster = self.disk.format.cluster_size() / SECTOR;
+        let start = first.next_multiple_of(cluster);
+        let to_end = (first + count) * SECTOR == self.disk.format.size();
+        let end = if to_end { first + count } else { (first + count) / cluster * cluster };
+        if start >= end || self.disk.format.abilities().compress.is_none() {
+            return self.write(first, count).await;
+        }
+        let (first, count) = (start, end - start);
+        let value = {
+            let mut model = self.model.borrow_mut();
+            model.next += 1;
+            let value = model.next;
+            model.begin(first, count, value, false);
+            value
+        };
+        let bytes = sector_bytes(value).repeat(count as usize);
+        self.disk.write_compressed(first * SECTOR, &bytes).await.expect("writes succeed");
         self.model.borrow_mut().end(first, count);
     }
 
@@ -238,7 +262,11 @@ fn options(rng: &mut Rng, size: u64, below: bool) -> CreateOptions {
     options.cluster_size = 1 << [9, 10, 12, 12, 14, 16][(rng.bits() % 6) as usize];
     options.version = if rng.bits().is_multiple_of(4) && !below { 2 } else { 3 };
     if options.version == 3 {
-        options.refcount_order = (rng.bits() % 7) as u32;
+        let bits = rng.bits();
+        options.refcount_order = (bits % 7) as u32;
+        if bits >> 63 == 0 {
+            options.compression_type = CompressionType::Zstd;
+        }
     }
     if options.version == 3 && rng.bits().is_multiple_of(3) {
         options.cluster_size = 1 << [14, 14, 15, 17][(rng.bits() % 4) as usize];
