@@ -2,11 +2,12 @@
 
 use liveblk_engine::ErrorKind;
 use liveblk_engine::address::GuestRange;
+use liveblk_engine::driver::sim::{Sim, SimConfig};
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{Extents, Fill, Mapping, WritePiece, WriteStep, ZeroMode, ZeroStep};
 use liveblk_engine::storage::{Memory, Storage};
 
-use super::mover::{Disk, calm, open};
+use super::mover::{Disk, calm, file, open};
 use crate::qcow2::{CreateOptions, check, create};
 
 const CLUSTER: u64 = 64 << 10;
@@ -186,4 +187,21 @@ fn growing_moves_the_l1_table_and_shrinking_over_data_is_refused() {
         let report = check(&core, disk.format.data_storage()).await.unwrap();
         assert!(report.is_clean(), "{:?}", report.problems);
     });
+}
+
+#[test]
+fn what_a_discard_freed_is_not_leaked_by_a_close_right_after_a_flush() {
+    for seed in 0..5 {
+        Sim::new(SimConfig::new(seed).calm()).block_on(0, |core| async move {
+            let storage = file(&core, "/image", true).await;
+            create(&core, &storage, CreateOptions::new(1 << 30)).await.expect("is created");
+            let disk = open(&core, storage.clone(), true).await.expect("opens");
+            disk.write(0, &[1; CLUSTER as usize]).await.expect("writes");
+            disk.zero(0, CLUSTER, ZeroMode::Discard).await.expect("discards");
+            disk.format.flush().await.expect("flushes");
+            disk.format.close().await.expect("closes");
+            let report = check(&core, &storage).await.expect("is checked");
+            assert!(report.is_clean(), "{:?}", report.problems);
+        });
+    }
 }
