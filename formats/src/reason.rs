@@ -379,7 +379,7 @@ impl Reason {
         match self {
             Self::ReferenceProtocol(name) => write!(
                 f,
-                "Backing reference '{name}' is not a plain file name; protocols and json: in a \
+                "Reference '{name}' is not a plain file name; protocols and json: in a \
                  header are never followed, name the node explicitly"
             ),
             Self::ReferenceOutside { image, path } => write!(

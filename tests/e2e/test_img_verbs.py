@@ -66,6 +66,7 @@ async def img_check_has_the_exit_codes_and_numbers_of_the_peer(world):
     clean = await written(world.path("clean"), "write -P 1 0 192k", "write -c 256k 64k")
     leak = await written(world.path("leak"))
     corrupt = await written(world.path("corrupt"), "write -P 1 0 192k")
+    os.truncate(leak, 512 << 10)
     poke(leak, 131072 + 2 * 5, b"\0\1")
     poke(corrupt, 131072 + 2 * 5, b"\0\0")
     raw = world.path("raw")

@@ -8,7 +8,9 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use liveblk_engine::format::{FormatOptions, InfoValue};
-use liveblk_engine::graph::{BackingSource, FileSource, FileSpec, GraphError, OpenNode};
+use liveblk_engine::graph::{
+    BackingSource, DataFileSource, FileSource, FileSpec, GraphError, OpenNode,
+};
 use liveblk_engine::node::{Node, NodeId, NodeOptions, Role, User};
 
 use super::control::{Control, Result};
@@ -179,6 +181,9 @@ fn qcow2_image(qcow2: Qcow2Options, own: Inherited) -> Result<OpenNode> {
     let mut open = OpenNode::new("qcow2", "");
     open.format_options = qcow2_options(&qcow2)?;
     place(&mut open, qcow2.file, own)?;
+    if let Some(data) = qcow2.data_file {
+        open.data_file = data_place(data, own)?;
+    }
     open.backing = match qcow2.backing {
         None => BackingSource::FromHeader,
         Some(BlockdevRef::Null) => BackingSource::None,
@@ -272,6 +277,28 @@ fn place(open: &mut OpenNode, file: BlockdevRef, own: Inherited) -> Result<()> {
     open.force_share = child.force_share;
     open.file = FileSource::Open(spec);
     Ok(())
+}
+
+/// What holds the guest data of an image that does not hold it itself.
+fn data_place(data: BlockdevRef, own: Inherited) -> Result<DataFileSource> {
+    let definition = match data {
+        BlockdevRef::Name(name) => return Ok(DataFileSource::Node(name)),
+        BlockdevRef::Null => return Err(Failure::generic("Parameter 'data-file' is missing")),
+        BlockdevRef::Definition(definition) => definition,
+    };
+    let (child, child_options) = settle(&definition, own)?;
+    let DriverOptions::File(file) = &definition.driver else {
+        return Err(Failure::generic(
+            "A data file lies in a node of driver 'file'; other drivers cannot hold one",
+        ));
+    };
+    if child.read_only && !own.read_only {
+        return Err(liveblk_engine::Error::from(GraphError::ReadOnly).into());
+    }
+    let mut spec = file_spec(file, child)?;
+    spec.name = definition.node.node_name;
+    spec.options = Some(child_options);
+    Ok(DataFileSource::Open(spec))
 }
 
 fn file_spec(file: &FileOptions, own: Inherited) -> Result<FileSpec> {

@@ -111,6 +111,7 @@ static QCOW2: ObjectType = object(
         may("l2-cache-entry-size", INT),
         may("refcount-cache-size", INT),
         may("cache-clean-interval", INT),
+        may("data-file", Type::Alternate(&REFERENCE)),
     ],
 );
 
@@ -231,6 +232,9 @@ pub struct Qcow2Options {
     /// The node below; absent means what the image's header says, `Null` means none.
     #[serde(default, deserialize_with = "present")]
     pub backing: Option<BlockdevRef>,
+    /// The node that holds the guest data, if the image does not; absent means what the header
+    /// says.
+    pub data_file: Option<BlockdevRef>,
     /// Metadata cache in bytes, both kinds.
     pub cache_size: Option<i64>,
     /// L2 table cache in bytes.

@@ -49,6 +49,10 @@ pub enum GraphError {
     UnknownDriver(String),
     /// The chain refers to itself.
     Loop(String),
+    /// The data file is a file of the chain itself.
+    DataFileLoop(String),
+    /// The policy does not allow the data file that the header names; the text says why.
+    DataFileRefused(Box<str>),
     /// The chain is longer than the limit.
     TooDeep(String),
     /// The header names no format for the backing file, and it is none that proves itself.
@@ -113,6 +117,12 @@ impl fmt::Display for GraphError {
                 f,
                 "Backing file '{file}' is part of a loop: it is opened already in this chain"
             ),
+            Self::DataFileLoop(file) => {
+                write!(f, "Data file '{file}' is the image itself or another file of its chain")
+            }
+            Self::DataFileRefused(cause) => {
+                write!(f, "{cause}; the data file can be named with the option 'data-file'")
+            }
             Self::TooDeep(file) => write!(
                 f,
                 "Backing file '{file}' is too deep: chains may have {} layers",

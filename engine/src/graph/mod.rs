@@ -5,11 +5,13 @@
 //! graphs' change permits in ascending order of cores).
 
 mod cut;
+mod data;
 mod error;
 mod open;
 mod registry;
 
 pub use cut::{BeforeSwap, CutPart, Swap, cut};
+pub use data::DataFileSource;
 pub use error::GraphError;
 pub use open::{BackingSource, FileSource, FileSpec, OpenNode};
 pub use registry::{Graph, GraphConfig};

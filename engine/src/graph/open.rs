@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::data::{DataFileSource, Held};
 use super::error::GraphError;
 use super::registry::{Graph, GraphConfig};
 use crate::error::{Error, ErrorKind, Result};
@@ -66,6 +67,8 @@ pub struct OpenNode {
     pub driver: String,
     /// What holds it.
     pub file: FileSource,
+    /// Where the guest data lies of an image that does not hold it itself.
+    pub data_file: DataFileSource,
     /// What lies below.
     pub backing: BackingSource,
     /// Open for writing.
@@ -94,6 +97,7 @@ impl OpenNode {
             name: None,
             driver: driver.into(),
             file: FileSource::Open(spec),
+            data_file: DataFileSource::FromHeader,
             backing: BackingSource::FromHeader,
             writable: true,
             auto_read_only: false,
@@ -112,6 +116,11 @@ impl OpenNode {
         self.name = Some(name.into());
         self
     }
+
+    /// Whether the file is opened without locks.
+    pub(super) fn has_no_locks(&self) -> bool {
+        matches!(&self.file, FileSource::Open(file) if file.no_locking)
+    }
 }
 
 /// One image of a chain that is being opened.
@@ -119,12 +128,14 @@ struct Level {
     spec: OpenNode,
     name: Rc<str>,
     file: Option<Rc<Node>>,
+    /// The node of the external data file.
+    data: Option<Rc<Node>>,
     format: Rc<dyn Format>,
     filename: PathBuf,
 }
 
 /// Files seen so far, to find loops.
-type Seen = Vec<(u64, u64)>;
+pub(super) type Seen = Vec<(u64, u64)>;
 
 impl Graph {
     /// Opens a node with everything below it.
@@ -149,7 +160,7 @@ impl Graph {
         for level in levels {
             // The first error is the one to report; closing a fresh image loses nothing.
             let _ = level.format.close().await;
-            if let Some(file) = level.file {
+            for file in level.file.into_iter().chain(level.data) {
                 let _ = self.remove_unused(&file).await;
             }
         }
@@ -262,10 +273,19 @@ impl Graph {
         }
         let (file, storage, filename) = self.open_storage(&mut spec, protocol, seen).await?;
         let driver = driver.filter(|_| !protocol);
-        match self.open_image(&spec, driver, storage, &filename).await {
-            Ok((name, format)) => Ok(Level { spec, name, file, format, filename }),
+        let held = Held::default();
+        let opened = match self.data_source(config, &mut spec, &filename, seen, &held).await {
+            Ok(data) => self.open_image(&spec, driver, storage, &filename, data).await,
+            Err(error) => Err(error),
+        };
+        let data = held.take();
+        if let Some(Storage::File(data)) = data.as_ref().map(|node| node.format().data_storage()) {
+            seen.push(data.identity());
+        }
+        match opened {
+            Ok((name, format)) => Ok(Level { spec, name, file, data, format, filename }),
             Err(error) => {
-                if let Some(file) = &file {
+                for file in file.iter().chain(&data) {
                     // The first error is the one to report.
                     let _ = self.remove_unused(file).await;
                 }
@@ -281,6 +301,7 @@ impl Graph {
         driver: Option<Arc<dyn Driver>>,
         storage: Storage,
         filename: &Path,
+        data: DataSource,
     ) -> Result<(Rc<str>, Rc<dyn Format>)> {
         let name = self.name_for(spec.name.as_deref())?;
         let Some(driver) = driver else {
@@ -292,7 +313,7 @@ impl Graph {
             filename: filename.to_path_buf(),
             writable: spec.writable,
             discard_unmap: spec.options.discard_unmap,
-            data: DataSource::None,
+            data,
             options: spec.format_options.clone(),
             raw_offset: spec.raw_offset,
             raw_size: spec.raw_size,
@@ -301,7 +322,7 @@ impl Graph {
     }
 
     /// A node that is referred to by name in options.
-    fn referenced(&self, name: &str) -> Result<Rc<Node>> {
+    pub(super) fn referenced(&self, name: &str) -> Result<Rc<Node>> {
         self.find(name).map_err(|_| GraphError::ReferenceNotFound(name.into()).into())
     }
 
@@ -352,7 +373,7 @@ impl Graph {
         spec.name.as_ref().map_or(Ok(()), |name| self.check_name(name))
     }
 
-    async fn open_file(&self, file: &FileSpec, spec: &mut OpenNode) -> Result<Rc<File>> {
+    pub(super) async fn open_file(&self, file: &FileSpec, spec: &mut OpenNode) -> Result<Rc<File>> {
         let direct = file.options.as_ref().unwrap_or(&spec.options).direct;
         let options = |writable| FileOptions {
             path: file.path.clone(),
@@ -382,7 +403,7 @@ impl Graph {
     }
 
     /// Takes the locks that the image's use of the file needs.
-    async fn lock_for(&self, storage: &Storage, spec: &OpenNode) -> Result<()> {
+    pub(super) async fn lock_for(&self, storage: &Storage, spec: &OpenNode) -> Result<()> {
         let Storage::File(file) = storage else { return Ok(()) };
         let request = match (spec.writable, spec.driver.as_str()) {
             (true, _) => LockRequest::Write,
@@ -393,7 +414,7 @@ impl Graph {
         file.lock(request).await
     }
 
-    fn protocol_node(
+    pub(super) fn protocol_node(
         self: &Rc<Self>,
         file: &FileSpec,
         storage: &Storage,
@@ -410,6 +431,7 @@ impl Graph {
             writable: spec.writable,
             monitor_owned: false,
             file: None,
+            data: None,
             backing: None,
         };
         let node = Node::new(self.core(), parts);
@@ -447,6 +469,10 @@ impl Graph {
             let user = User::Format { node: Rc::clone(&level.name) };
             uses.push(Node::use_by(file, user, Permissions::of_format(level.spec.writable))?);
         }
+        if let Some(data) = &level.data {
+            let user = User::Data { node: Rc::clone(&level.name) };
+            uses.push(Node::use_by(data, user, Permissions::of_format(level.spec.writable))?);
+        }
         if let Some(backing) = backing {
             let user = User::Overlay { node: Rc::clone(&level.name) };
             uses.push(Node::use_by(backing, user, Permissions::of_overlay())?);
@@ -469,6 +495,7 @@ impl Graph {
             writable: level.spec.writable,
             monitor_owned: level.spec.monitor_owned,
             file: level.file,
+            data: level.data,
             backing,
         };
         let node = Node::new(self.core(), parts);

@@ -214,6 +214,10 @@ impl Graph {
             User::Format { node: parent } => {
                 GraphError::BusyAsChild { node: name, edge: "file", parent: parent.to_string() }
             }
+            User::Data { node: parent } => {
+                let parent = parent.to_string();
+                GraphError::BusyAsChild { node: name, edge: "data-file", parent }
+            }
             User::Job { kind, .. } => GraphError::BusyWithJob { node: name, kind: kind.into() },
         }
         .into())
@@ -234,8 +238,7 @@ impl Graph {
                 result = result.and(unlocked);
             }
             drop(self.nodes.borrow_mut().remove(&node.id()));
-            let (file, backing) = node.take_children();
-            let orphans = [file, backing].into_iter().flatten();
+            let orphans = node.take_children().into_iter().flatten();
             closing.extend(
                 orphans.filter(|child| !child.is_monitor_owned() && child.users().is_empty()),
             );
@@ -254,7 +257,7 @@ impl Graph {
             let free = self.nodes().into_iter().find(|node| {
                 node.users()
                     .iter()
-                    .all(|user| !matches!(user, User::Overlay { .. } | User::Format { .. }))
+                    .all(|user| matches!(user, User::Guest { .. } | User::Job { .. }))
             });
             let Some(node) = free else { break };
             let closed = self.close(node).await;

@@ -44,6 +44,7 @@ pub(crate) struct NodeParts {
     pub(crate) writable: bool,
     pub(crate) monitor_owned: bool,
     pub(crate) file: Option<Rc<Node>>,
+    pub(crate) data: Option<Rc<Node>>,
     pub(crate) backing: Option<Rc<Node>>,
 }
 
@@ -57,6 +58,7 @@ pub struct Node {
     options: NodeOptions,
     monitor_owned: Cell<bool>,
     file: RefCell<Option<Rc<Node>>>,
+    data: RefCell<Option<Rc<Node>>>,
     backing: RefCell<Option<Rc<Node>>>,
     path: RefCell<Rc<Path>>,
     pub(super) gate: Rc<Gate>,
@@ -80,6 +82,7 @@ impl Node {
             options: parts.options,
             monitor_owned: Cell::new(parts.monitor_owned),
             file: RefCell::new(parts.file),
+            data: RefCell::new(parts.data),
             backing: RefCell::new(parts.backing),
             path: RefCell::new(path),
             gate: Gate::new(core),
@@ -170,6 +173,11 @@ impl Node {
         self.file.borrow().clone()
     }
 
+    /// The protocol node of the external data file.
+    pub fn data_file(&self) -> Option<Rc<Self>> {
+        self.data.borrow().clone()
+    }
+
     /// The backing node.
     pub fn backing(&self) -> Option<Rc<Self>> {
         self.backing.borrow().clone()
@@ -203,8 +211,8 @@ impl Node {
     }
 
     /// Takes the children away (the node is being closed).
-    pub(crate) fn take_children(&self) -> (Option<Rc<Self>>, Option<Rc<Self>>) {
-        (self.file.take(), self.backing.take())
+    pub(crate) fn take_children(&self) -> [Option<Rc<Self>>; 3] {
+        [self.file.take(), self.data.take(), self.backing.take()]
     }
 
     /// Takes the attachments away, to move them to another node.
@@ -258,7 +266,8 @@ impl Node {
     /// Sets what requests and queries see; a file that was opened for this node goes with it.
     fn show_writable(&self, writable: bool) {
         self.layer.state.set_writable(writable);
-        if let Some(file) = self.file().filter(|file| !file.is_monitor_owned()) {
+        let files = self.file().into_iter().chain(self.data_file());
+        for file in files.filter(|file| !file.is_monitor_owned()) {
             file.layer.state.set_writable(writable);
         }
     }
@@ -271,8 +280,19 @@ impl Node {
         }
     }
 
+    /// Locks the file of the image, and its data file.
     async fn lock_file(&self, write: bool) -> Result<()> {
-        let Storage::File(file) = self.layer.format.data_storage() else { return Ok(()) };
+        let Some(data) = self.data_file() else {
+            return self.lock_storage(self.format().data_storage(), write).await;
+        };
+        if let Some(file) = self.file() {
+            self.lock_storage(file.format().data_storage(), write).await?;
+        }
+        self.lock_storage(data.format().data_storage(), write).await
+    }
+
+    async fn lock_storage(&self, storage: &Storage, write: bool) -> Result<()> {
+        let Storage::File(file) = storage else { return Ok(()) };
         if write && !file.is_writable() {
             return Err(Error::new(ErrorKind::ReadOnly, "make writable").on(&self.name));
         }

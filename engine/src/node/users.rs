@@ -77,6 +77,11 @@ pub enum User {
         /// The format node's name.
         node: Rc<str>,
     },
+    /// The node called `node` has it as its external data file.
+    Data {
+        /// The format node's name.
+        node: Rc<str>,
+    },
     /// A job.
     Job {
         /// The job's id.
@@ -95,6 +100,7 @@ impl User {
             Self::Guest { .. } => "root",
             Self::Overlay { .. } => "backing",
             Self::Format { .. } => "file",
+            Self::Data { .. } => "data-file",
             Self::Job { role: Role::Source, .. } => "main node",
             Self::Job { role: Role::Target, .. } => "target",
         }
@@ -105,7 +111,9 @@ impl fmt::Display for User {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Guest { name } => write!(f, "block device '{name}'"),
-            Self::Overlay { node } | Self::Format { node } => write!(f, "node '{node}'"),
+            Self::Overlay { node } | Self::Format { node } | Self::Data { node } => {
+                write!(f, "node '{node}'")
+            }
             Self::Job { id, .. } => write!(f, "block job '{id}'"),
         }
     }

@@ -2,13 +2,16 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::rc::Rc;
 
 use liveblk_engine::ErrorKind;
+use liveblk_engine::driver::sim::{Sim, SimConfig};
+use liveblk_engine::executor::Class;
 use liveblk_engine::format::{BackingRef, CreateImage, InfoValue, Preallocation};
-use liveblk_engine::storage::Storage;
+use liveblk_engine::storage::{Memory, Storage};
 
-use super::mover::{calm, file};
-use crate::qcow2::{CompressionType, CreateOptions, create_with_data};
+use super::mover::{calm, file, open};
+use crate::qcow2::{CompressionType, CreateOptions, check, create, create_with_data};
 
 /// Runs a tool of the peer in `folder`; its output, or a panic with it.
 fn run(folder: &Path, program: &str, arguments: &[&str]) -> String {
@@ -272,4 +275,79 @@ fn options_by_name_are_validated_and_unknown_ones_refused_by_name() {
         let text = refusal(options);
         assert_eq!(text, "Refcount width must be a power of two and may not exceed 64 bits");
     }
+}
+
+/// Options that take every step of a creation.
+fn every_step() -> CreateOptions {
+    CreateOptions {
+        cluster_size: 4096,
+        refcount_order: 6,
+        preallocation: Preallocation::Full,
+        ..CreateOptions::new(3 << 20)
+    }
+}
+
+#[test]
+fn a_creation_that_fails_at_any_operation_leaves_nothing_that_opens() {
+    for (external, errno) in [(false, 28), (false, 5), (true, 28), (true, 5)] {
+        let failed = (0..2000).take_while(|nth| {
+            let nth = *nth;
+            calm(move |core| async move {
+                let memory = Memory::new(0);
+                let storage = Storage::Memory(Rc::clone(&memory));
+                let data = Storage::Memory(Memory::new(4096));
+                let mut options = every_step();
+                options.data_file = external.then(|| "data".to_owned());
+                memory.plant_fault(Some((nth, errno)));
+                let given = external.then_some(&data);
+                let result = create_with_data(&core, &storage, given, options).await;
+                memory.plant_fault(None);
+                let opened = open(&core, storage, false).await;
+                match &result {
+                    Ok(()) => assert!(external || opened.is_ok()),
+                    Err(error) => {
+                        assert_eq!(error.errno(), errno, "operation {nth}");
+                        let refused = opened.err().expect("nothing to open").to_string();
+                        assert_eq!(refused, "Image is not in qcow2 format", "operation {nth}");
+                        assert_eq!(data.size(), 4096, "the data file is what it was");
+                    }
+                }
+                result.is_err()
+            })
+        });
+        let failed = failed.count();
+        assert!((5..2000).contains(&failed), "{failed} operations");
+    }
+}
+
+#[test]
+fn a_power_cut_during_a_creation_leaves_a_whole_image_or_none() {
+    let mut whole = 0;
+    for steps in (0..400).step_by(7) {
+        let mut sim = Sim::new(SimConfig::new(steps).calm());
+        sim.fs().create("/image", &[]);
+        let core = sim.core(0);
+        let work = core.clone();
+        drop(core.spawn(Class::Guest, async move {
+            let storage = file(&work, "/image", false).await;
+            let backing = BackingRef { file: "b".repeat(700), format: Some("raw".into()) };
+            let options = CreateOptions { backing: Some(backing), ..CreateOptions::new(8 << 20) };
+            create(&work, &storage, options).await.expect("is created");
+        }));
+        sim.run_steps(steps);
+        for seed in 0..3 {
+            let left = sim.fs().after_power_cut(seed);
+            let mut after = Sim::with_fs(SimConfig::new(seed).calm(), left);
+            whole += after.block_on(0, |core| async move {
+                let storage = file(&core, "/image", false).await;
+                let Ok(disk) = open(&core, storage.clone(), false).await else { return 0 };
+                let backing = disk.format.info().backing.expect("the name is there");
+                assert_eq!(backing.file, "b".repeat(700), "the header is whole");
+                let report = check(&core, &storage).await.expect("is checked");
+                assert!(report.is_clean(), "{:?}", report.problems);
+                1
+            });
+        }
+    }
+    assert!(whole > 0, "some cuts came after the end");
 }

@@ -63,6 +63,8 @@ pub(crate) async fn run(host: &Host, options: CheckOptions) -> Answer {
     let node = open(host, &options).await?;
     let storage = node.format().data_storage().clone();
     let report = judge(host, &options, &storage).await?;
+    // Closing flushes: a repair is told only when it is durable.
+    host.graph().remove(&node).await?;
     if options.output.is_json() {
         println!("{:#}", as_json(&options.filename, &report));
     } else if !options.quiet {
@@ -97,11 +99,20 @@ async fn judge(
     options: &CheckOptions,
     storage: &Storage,
 ) -> Result<CheckReport, Failure> {
-    let failed = |error: liveblk::Error| Failure::open(&options.filename, &error);
-    if options.repair.is_some() {
-        return Err(Failure::new("Check failed: repairing is not supported yet"));
-    }
-    let report = qcow2::check(host.core(), storage).await.map_err(failed)?;
+    let failed = |error: liveblk::Error| {
+        // A file that is no image cannot be opened; anything else went wrong while checking.
+        match error.op() {
+            "open" => Failure::open(&options.filename, &error),
+            _ => Failure::from(error).during("Check failed"),
+        }
+    };
+    let core = host.core();
+    let report = match options.repair {
+        None => qcow2::check(core, storage).await,
+        Some(Repair::Leaks) => qcow2::repair(core, storage, qcow2::Repair::Leaks).await,
+        Some(Repair::All) => qcow2::repair(core, storage, qcow2::Repair::All).await,
+    };
+    let report = report.map_err(failed)?;
     if !options.output.is_json() && !options.quiet {
         report.problems.iter().for_each(|problem| eprintln!("{problem}"));
     }
@@ -109,34 +120,45 @@ async fn judge(
 }
 
 fn code(report: &CheckReport) -> u8 {
-    match (report.corruptions, report.leaks) {
-        (0, 0) => 0,
-        (0, _) => 3,
-        _ => 2,
+    match (report.check_errors, report.corruptions, report.leaks) {
+        (0, 0, 0) => 0,
+        (0, 0, _) => 3,
+        (0, ..) => 2,
+        _ => 1,
     }
 }
 
 fn as_json(filename: &str, report: &CheckReport) -> Value {
     let mut out = Map::new();
-    let mut put = |name: &str, value: Value| {
-        out.insert(name.to_owned(), value);
-    };
-    let mut some = |name: &str, count: u64| {
-        if count != 0 {
-            put(name, json!(count));
+    let mut put = |name: &str, count: u64, always: bool| {
+        if count != 0 || always {
+            out.insert(name.to_owned(), json!(count));
         }
     };
-    some("corruptions", report.corruptions);
-    some("leaks", report.leaks);
-    some("allocated-clusters", report.allocated_clusters);
-    put("check-errors", json!(0));
-    put("filename", json!(filename));
-    put("format", json!("qcow2"));
+    put("image-end-offset", report.image_end_offset, true);
+    put("compressed-clusters", report.compressed_clusters, false);
+    put("corruptions", report.corruptions, false);
+    put("corruptions-fixed", report.corruptions_fixed, false);
+    put("total-clusters", report.total_clusters, false);
+    put("check-errors", report.check_errors, true);
+    put("leaks", report.leaks, false);
+    put("leaks-fixed", report.leaks_fixed, false);
+    put("allocated-clusters", report.allocated_clusters, false);
+    put("fragmented-clusters", report.fragmented_clusters, false);
+    out.insert("filename".to_owned(), json!(filename));
+    out.insert("format".to_owned(), json!("qcow2"));
     Value::Object(out)
 }
 
 fn as_text(report: &CheckReport) -> String {
     let mut text = String::new();
+    if report.leaks_fixed + report.corruptions_fixed > 0 {
+        text.push_str(&format!(
+            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    \
+             {} corruptions\n\nDouble checking the fixed image now...\n",
+            report.leaks_fixed, report.corruptions_fixed
+        ));
+    }
     if report.is_clean() {
         text.push_str("No errors were found on the image.\n");
     }
@@ -154,5 +176,21 @@ fn as_text(report: &CheckReport) -> String {
             report.leaks
         ));
     }
+    if report.check_errors > 0 {
+        let count = report.check_errors;
+        text.push_str(&format!("\n{count} internal errors have occurred during the check.\n"));
+    }
+    if report.total_clusters > 0 && report.allocated_clusters > 0 {
+        let part = |count: u64, of: u64| count as f64 * 100.0 / of as f64;
+        text.push_str(&format!(
+            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
+            report.allocated_clusters,
+            report.total_clusters,
+            part(report.allocated_clusters, report.total_clusters),
+            part(report.fragmented_clusters, report.allocated_clusters),
+            part(report.compressed_clusters, report.allocated_clusters)
+        ));
+    }
+    text.push_str(&format!("Image end offset: {}\n", report.image_end_offset));
     text
 }
