@@ -16,6 +16,7 @@ use liveblk::engine::buf::Buf;
 use liveblk::engine::driver::sim::{Sim, SimConfig};
 use liveblk::engine::executor::Core;
 use liveblk::engine::format::ReferencePolicy;
+use liveblk::engine::node::ZeroFlags;
 use liveblk::engine::storage::{File, FileOptions, Storage};
 use liveblk::formats::qcow2::{Repair, check, repair};
 use liveblk::{BackingSource, Host, OpenNode, WriteFlags};
@@ -127,12 +128,12 @@ async fn disk(core: &Core, writable: bool) -> Option<(Host, liveblk::Disk)> {
     spec.monitor_owned = true;
     let node = host.open(spec).await.ok()?;
     let disk = if writable {
-        host.attach(&node)
+        host.attach(&node).ok()?
     } else {
         let user = liveblk::engine::node::User::Guest { name: "eye".into() };
-        liveblk::Disk::attach(&node, user, false)
+        liveblk::Disk::attach(&node, user, false).ok()?
     };
-    Some((host, disk.ok()?))
+    Some((host, disk))
 }
 
 /// Guest offsets at which something is done, in both tables.
@@ -163,8 +164,8 @@ async fn work(core: Core, offsets: Vec<u64>, cluster: u64) {
     }
     drop(disk.flush().await);
     let (first, last) = (offsets.first().copied().unwrap_or(0), offsets.last().copied());
-    drop(disk.discard(first, cluster).await);
-    drop(disk.write_zeroes(last.unwrap_or(0), cluster, WriteFlags::default()).await);
+    drop(disk.discard(first, cluster, false).await);
+    drop(disk.write_zeroes(last.unwrap_or(0), cluster, ZeroFlags::default()).await);
     drop(disk.write(first, marked(1 << 16), WriteFlags::default()).await);
     drop(disk.flush().await);
     drop(disk);
