@@ -1,8 +1,8 @@
 //! The one place that moves guest data between buffers and layers.
 //!
-//! Reads: (1) resolve from the top layer down, whole extents at a time, below the top from the first
-//! layer that the chain's index names; (2) start every storage read, and the unpacking of compressed
-//! clusters, as soon as it is known; (3) await all of them; leases live until then.
+//! Reads: (1) resolve from the top layer down, whole extents at a time, below the top from the
+//! first layer that the chain's index names; (2) start every storage read, and the unpacking of
+//! compressed clusters, as soon as it is known; (3) await all of them; leases live until then.
 //!
 //! Writes (under the node's claim): (1) begin a piece; (2) read what its allocation needs from the
 //! layers below; (3) start the data write; (4) when it ended, complete the guard (the mapping

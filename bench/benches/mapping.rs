@@ -1,0 +1,213 @@
+//! The mapping of qcow2 images: a resolve in memory, opening a large image, reads through chains.
+//!
+//! `chain/4k_randread_cpu` reports the processor time of the core's thread (its kernel part
+//! included) per read, not the time that passes: the row of a depth over that of depth 1 is what a
+//! layer costs. Images lie in the current folder's file system; the page cache serves them.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use liveblk::engine::address::GuestRange;
+use liveblk::engine::executor::Core;
+use liveblk::engine::format::{Extents, Preallocation};
+use liveblk::engine::storage::{File, FileOptions, Storage};
+use liveblk::formats::qcow2::{CreateOptions, create};
+use liveblk::{BackingSource, Disk, Host, HostError, Node, OpenNode, WriteFlags};
+
+const BLOCK: usize = 4096;
+const DISK: u64 = 64 << 20;
+const DEPTH: usize = 32;
+
+/// Makes an image at `path`.
+async fn make(core: &Core, path: &Path, options: CreateOptions) {
+    let file = FileOptions {
+        path: path.to_owned(),
+        writable: true,
+        create_new: true,
+        ..FileOptions::default()
+    };
+    let storage = Storage::File(File::open(core, file).await.expect("a file can be made"));
+    create(core, &storage, options).await.expect("an image can be made");
+}
+
+/// Opens a chain, base first, through the page cache.
+async fn open(host: &Host, chain: &[PathBuf]) -> Result<Rc<Node>, HostError> {
+    let mut below: Option<OpenNode> = None;
+    for (index, path) in chain.iter().enumerate() {
+        let mut spec = host.image(path, "qcow2");
+        spec.options.direct = false;
+        spec.writable = index + 1 == chain.len();
+        spec.monitor_owned = spec.writable;
+        spec.backing =
+            below.take().map_or(BackingSource::None, |below| BackingSource::Open(Box::new(below)));
+        below = Some(spec);
+    }
+    host.open(below.expect("a chain has an image").named("disk")).await
+}
+
+/// Writes `len` bytes at `at`.
+async fn fill(host: &Host, disk: &Disk, at: u64, len: usize) -> Result<(), HostError> {
+    let block = host.space(len);
+    block.fill(1);
+    Ok(disk.write(at, block, WriteFlags::default()).await?)
+}
+
+/// Processor time of this thread so far.
+fn processor_time() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("procfs is there");
+    let spent = text.split(' ').next().and_then(|field| field.parse().ok());
+    Duration::from_nanos(spent.expect("the first field is a time"))
+}
+
+/// The time of `count` resolves of 4 KiB in an image whose tables are in memory.
+fn resolve(options: CreateOptions, count: u64) -> Duration {
+    let dir = tempfile::tempdir_in(".").expect("a folder can be made");
+    let path = dir.path().join("disk");
+    let run = liveblk::run(move |host| async move {
+        make(host.core(), &path, options).await;
+        let node = open(&host, &[path]).await?;
+        let disk = host.attach(&node)?;
+        // Every other 64 KiB, so that neighbours do not continue each other.
+        for at in (0..DISK).step_by(128 << 10) {
+            fill(&host, &disk, at, 64 << 10).await?;
+        }
+        let format = node.format();
+        let mut extents = Extents::new();
+        let mut one = || {
+            let at = host.core().random() % (DISK / BLOCK as u64) * BLOCK as u64;
+            let lease = format.resolve(GuestRange::new(at, BLOCK as u64), &mut extents);
+            std::hint::black_box(&extents);
+            drop(lease);
+        };
+        (0..1000).for_each(|_| one());
+        let begun = Instant::now();
+        (0..count).for_each(|_| one());
+        Ok::<_, HostError>(begun.elapsed())
+    });
+    run.expect("the bench runs")
+}
+
+/// The time of `count` opens of the image at `path`.
+fn opens(path: &Path, count: u64) -> Duration {
+    let chain = [path.to_owned()];
+    let run = liveblk::run(move |host| async move {
+        let mut spent = Duration::ZERO;
+        for _ in 0..count {
+            let begun = Instant::now();
+            let node = open(&host, &chain).await?;
+            spent += begun.elapsed();
+            host.graph().remove(&node).await?;
+        }
+        Ok::<_, HostError>(spent)
+    });
+    run.expect("the bench runs")
+}
+
+/// A chain of `depth` images in `dir`: a full base, and overlays that have a little each.
+async fn chain(host: &Host, dir: &Path, depth: usize) -> Result<Vec<PathBuf>, HostError> {
+    let mut images = Vec::new();
+    for layer in 0..depth {
+        images.push(dir.join(format!("layer{layer}")));
+        make(host.core(), &images[layer], CreateOptions::new(DISK)).await;
+        let node = open(host, &images).await?;
+        let disk = host.attach(&node)?;
+        if layer == 0 {
+            for at in (0..DISK).step_by(1 << 20) {
+                fill(host, &disk, at, 1 << 20).await?;
+            }
+        }
+        for _ in 0..if layer == 0 { 0 } else { 8 } {
+            let cluster = host.core().random() % (DISK >> 16);
+            fill(host, &disk, cluster << 16, 1 << 16).await?;
+        }
+        drop(disk);
+        host.graph().remove(&node).await?;
+    }
+    Ok(images)
+}
+
+/// Does `count` random reads through a chain; the processor time they took.
+fn reads(depth: usize, count: u64) -> Duration {
+    let dir = tempfile::tempdir_in(".").expect("a folder can be made");
+    let run = liveblk::run(move |host| async move {
+        let images = chain(&host, dir.path(), depth).await?;
+        let node = open(&host, &images).await?;
+        let disk = host.attach(&node)?;
+        for at in (0..DISK).step_by(BLOCK) {
+            disk.read(at, host.space(BLOCK)).await?;
+        }
+        let before = node.chain_stats();
+        let buffers: Vec<_> = (0..DEPTH).map(|_| host.space(BLOCK)).collect();
+        let mut flying = std::collections::VecDeque::with_capacity(DEPTH);
+        let begun = processor_time();
+        for number in 0..count {
+            if flying.len() == DEPTH {
+                let oldest: liveblk::engine::node::Receipt = flying.pop_front().expect("full");
+                oldest.await?;
+            }
+            let at = host.core().random() % (DISK / BLOCK as u64) * BLOCK as u64;
+            flying.push_back(disk.read(at, buffers[number as usize % DEPTH].clone()));
+        }
+        for receipt in flying {
+            receipt.await?;
+        }
+        let spent = processor_time() - begun;
+        let after = node.chain_stats();
+        let hits = (after.lookups - before.lookups).max(1) as f64;
+        let probes = (after.probes - before.probes) as f64 / hits;
+        eprintln!("depth {depth}: {probes:.3} probes per hit, index of {} bytes", after.bytes);
+        drop(disk);
+        Ok::<_, HostError>(spent)
+    });
+    run.expect("the bench runs")
+}
+
+fn mapping(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("mapping/resolve_hot");
+    group.throughput(Throughput::Elements(1));
+    for (name, cluster_size, extended_l2) in
+        [("64k", 64 << 10, false), ("2M", 2 << 20, false), ("128k_subclusters", 128 << 10, true)]
+    {
+        group.bench_function(name, |bencher| {
+            let options = CreateOptions { cluster_size, extended_l2, ..CreateOptions::new(DISK) };
+            bencher.iter_custom(|count| resolve(options.clone(), count));
+        });
+    }
+    group.finish();
+}
+
+fn opening(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("mapping/open");
+    group.sample_size(20);
+    for (name, preallocation) in
+        [("1T_empty", Preallocation::Off), ("1T_all_mapped", Preallocation::Metadata)]
+    {
+        let dir = tempfile::tempdir_in(".").expect("a folder can be made");
+        let path = dir.path().join("disk");
+        let made = path.clone();
+        let run = liveblk::run(move |host| async move {
+            let options = CreateOptions { preallocation, ..CreateOptions::new(1 << 40) };
+            make(host.core(), &made, options).await;
+            Ok::<_, HostError>(())
+        });
+        run.expect("an image can be made");
+        group.bench_function(name, |bencher| bencher.iter_custom(|count| opens(&path, count)));
+    }
+    group.finish();
+}
+
+fn chains(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("chain/4k_randread_cpu");
+    group.throughput(Throughput::Elements(1)).sample_size(10);
+    for depth in [1, 8, 32, 100] {
+        group.bench_function(format!("depth{depth}"), |bencher| {
+            bencher.iter_custom(|count| reads(depth, count));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, mapping, opening, chains);
+criterion_main!(benches);
