@@ -1,10 +1,18 @@
 //! `liveblk img bitmap`: the persistent bitmaps of an image.
 
+use std::fmt::Display;
+use std::rc::Rc;
+
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
-use liveblk::Host;
+use liveblk::engine::bitmap::DirtyBitmap;
+use liveblk::engine::format::BitmapInfo;
+use liveblk::{Host, Node};
+use serde_json::{Value, json};
 
 use super::arguments::Output;
 use super::failure::{Answer, Failure};
+use super::size;
+use super::source::{self, Wanted};
 
 /// Change the persistent bitmaps of an image
 #[derive(Args, Debug)]
@@ -97,11 +105,124 @@ impl Args for Actions {
 }
 
 /// Does it.
-pub(crate) async fn run(_host: &Host, options: BitmapOptions) -> Answer {
-    if options.actions.0.is_empty() {
+pub(crate) async fn run(host: &Host, options: BitmapOptions) -> Answer {
+    let actions = &options.actions.0;
+    if actions.is_empty() {
         return Err(Failure::new(
             "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge",
         ));
     }
-    Err(Failure::new("Persistent bitmaps are not supported yet"))
+    let granularity = granularity(&options)?;
+    if options.source_file.is_some() && !actions.iter().any(|a| matches!(a, Action::Merge(_))) {
+        return Err(Failure::new("Merge bitmap source file only supported with --merge"));
+    }
+    let wanted = Wanted {
+        format: options.format.as_deref(),
+        writable: true,
+        alone: true,
+        ..Wanted::default()
+    };
+    let node = source::open(host, &options.filename, wanted).await?;
+    for action in actions {
+        let name = &options.bitmap;
+        let failed = |cause: &dyn Display| {
+            let verb = action.verb();
+            Failure::new(format!("Operation {verb} on bitmap {name} failed: {cause}"))
+        };
+        let Some(held) = node.format().abilities().bitmaps else {
+            return Err(failed(&"this image cannot hold persistent bitmaps (qcow2 version 3 can)"));
+        };
+        let known = held.list().iter().any(|bitmap| bitmap.name == *name);
+        let result = match action {
+            Action::Add if known => return Err(failed(&format!("Bitmap already exists: {name}"))),
+            Action::Add => {
+                let granularity = granularity.unwrap_or_else(|| held.default_granularity());
+                held.add(name, granularity, true).await
+            }
+            _ if !known => return Err(failed(&format!("Dirty bitmap '{name}' not found"))),
+            Action::Remove => held.remove(name).await,
+            Action::Clear => held.clear(name).await,
+            Action::Enable => held.set_enabled(name, true).await,
+            Action::Disable => held.set_enabled(name, false).await,
+            Action::Merge(source) => match other(host, &options, &node, source).await? {
+                Some(bits) => held.merge(name, bits).await,
+                None => return Err(failed(&format!("Dirty bitmap '{source}' not found"))),
+            },
+        };
+        result.map_err(|error| failed(&error))?;
+    }
+    let list = node.format().abilities().bitmaps.map(|held| held.list()).unwrap_or_default();
+    // Bits are stored when the image is closed: what fails there is a failure.
+    host.graph().remove(&node).await?;
+    if options.output.is_json() {
+        println!("{:#}", list.iter().map(json).collect::<Value>());
+    }
+    Ok(0)
+}
+
+fn granularity(options: &BitmapOptions) -> Result<Option<u64>, Failure> {
+    let Some(text) = &options.granularity else { return Ok(None) };
+    if !options.actions.0.contains(&Action::Add) {
+        return Err(Failure::new("granularity only supported with --add"));
+    }
+    let good = |bytes: &u64| bytes.is_power_of_two() && (512..=1 << 31).contains(bytes);
+    match size::parse(text).filter(good) {
+        Some(bytes) => Ok(Some(bytes)),
+        None => Err(Failure::new(format!(
+            "Operation add on bitmap {} failed: Granularity must be power of 2 and at least 512 (at \
+             most 2G), not '{text}'",
+            options.bitmap
+        ))),
+    }
+}
+
+/// The bits of the bitmap to merge; `None` if there is none of that name.
+async fn other(
+    host: &Host,
+    options: &BitmapOptions,
+    own: &Rc<Node>,
+    name: &str,
+) -> Result<Option<DirtyBitmap>, Failure> {
+    let node = match &options.source_file {
+        None => Rc::clone(own),
+        Some(file) => {
+            let format = options.source_format.as_deref();
+            let wanted = Wanted { format, alone: true, ..Wanted::default() };
+            source::open(host, file, wanted).await?
+        }
+    };
+    let bits = match node.format().abilities().bitmaps {
+        Some(held) if held.list().iter().any(|bitmap| bitmap.name == name) => {
+            Some(held.load(name).await?)
+        }
+        _ => None,
+    };
+    if options.source_file.is_some() {
+        host.graph().remove(&node).await?;
+    }
+    Ok(bits)
+}
+
+impl Action {
+    const fn verb(&self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Remove => "remove",
+            Self::Clear => "clear",
+            Self::Enable => "enable",
+            Self::Disable => "disable",
+            Self::Merge(_) => "merge",
+        }
+    }
+}
+
+fn json(bitmap: &BitmapInfo) -> Value {
+    let mut flags = Vec::new();
+    if bitmap.in_use {
+        flags.push("in-use");
+    }
+    if bitmap.enabled {
+        flags.push("auto");
+    }
+    json!({"flags": flags, "name": bitmap.name, "granularity": bitmap.granularity})
 }
