@@ -169,8 +169,8 @@ fn granularity(options: &BitmapOptions) -> Result<Option<u64>, Failure> {
     match size::parse(text).filter(good) {
         Some(bytes) => Ok(Some(bytes)),
         None => Err(Failure::new(format!(
-            "Operation add on bitmap {} failed: Granularity must be power of 2 and at least 512 (at \
-             most 2G), not '{text}'",
+            "Operation add on bitmap {} failed: Granularity must be power of 2 and at least 512 \
+             (at most 2G), not '{text}'",
             options.bitmap
         ))),
     }

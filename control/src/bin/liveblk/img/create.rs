@@ -20,8 +20,8 @@ use super::source::{self, Wanted};
 ///
 /// An overlay (-b) in qcow2 gets subclusters of 4 KiB (extended_l2=on, cluster_size=128k), so
 /// that a small first write moves no more than it must; -o extended_l2=off, or compat=v2, gives
-/// the plain layout. Everything else is as qemu-img makes it. A file that exists is replaced, but only when
-/// the new image is complete.
+/// the plain layout. Everything else is as qemu-img makes it. A file that exists is replaced, but
+/// only when the new image is complete.
 #[derive(Args, Debug)]
 pub(crate) struct CreateOptions {
     /// Print nothing
