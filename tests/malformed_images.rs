@@ -24,6 +24,7 @@ use liveblk::{BackingSource, Host, OpenNode, WriteFlags};
 #[path = "../formats/src/qcow2/tests/mutations.rs"]
 mod mutations;
 #[path = "../formats/src/qcow2/tests/specimen.rs"]
+#[allow(dead_code, reason = "the tests of the crate use the rest")]
 mod specimen;
 
 use mutations::{Variant, variants};
@@ -32,8 +33,7 @@ use mutations::{Variant, variants};
 /// and the caches. What the simulated file holds comes on top.
 const MEMORY_MAX: i64 = 104 << 20;
 
-/// Processor time that one step with one image may take. The promise is a second for optimised
-/// code; tests run without optimisation, on machines that do other things.
+/// Processor time that one step with one image may take, also without optimisation.
 const NANOS_MAX: u64 = 1_000_000_000;
 
 /// Bytes to which a file may grow.
@@ -223,7 +223,17 @@ fn no_damaged_image_panics_hangs_takes_memory_or_lets_guests_into_metadata() {
 }
 
 /// Where our verdict on opening is not the peer's, and why.
-const VERDICTS: [(&str, &str); 0] = [];
+const VERDICTS: [(&str, &str); 9] = [
+    ("bitmap", "bad bitmaps need not keep a read-only image closed; the peer refuses all of it"),
+    ("extension-backing-format", "longer names of formats are only names; the peer has 16 bytes"),
+    ("extension-encryption", "the extension means nothing in an image that is not encrypted"),
+    ("reftable-offset", "a table over the header, or far behind the end, cannot be one"),
+    ("header-snapshots-", "a snapshot table over the header cannot be one"),
+    ("header-incompatible-0x7", "a data file without a name is asked for from the caller"),
+    ("snapshot-extra-size", "unknown data of snapshots is looked at when they are used"),
+    ("cut-to", "missing tables are refused; the peer reads them as zeroes, which is wrong data"),
+    ("all-snapshot", "snapshots are looked at when they are used"),
+];
 
 #[test]
 fn images_open_where_they_open_for_the_peer() {

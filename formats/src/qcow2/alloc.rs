@@ -230,7 +230,7 @@ impl Image {
                 continue;
             }
             if run.count == 0 {
-                // Counted or used although it lies behind the end: a leak, or another program's plan.
+                // Counted or used although it lies behind the end: a leak, or another program's.
                 state.allocator.end += 1;
                 continue;
             }

@@ -1,4 +1,5 @@
-//! The option `overlap-check`: which metadata guest data and other metadata may not be written into.
+//! The option `overlap-check`: which metadata neither guest data nor other metadata may be written
+//! into.
 //!
 //! The peer's `inactive-l2` is taken without effect: such tables are never free while a snapshot
 //! counts them, and nobody writes them in place.

@@ -11,9 +11,9 @@
 //!    cleared.
 //!
 //! No cluster that anything refers to is used for something new. Where a part of the tables cannot
-//! be followed, leaks are left alone: the lost part may have used them. Where the tables of the disk
-//! are behind the end of the file, or lie over other tables so that nobody knows whose bytes they
-//! are, nothing is changed.
+//! be followed, leaks are left alone: the lost part may have used them. Where the tables of the
+//! disk are behind the end of the file, or lie over other tables so that nobody knows whose bytes
+//! they are, nothing is changed.
 
 use liveblk_engine::Result;
 use liveblk_engine::buf::Buf;

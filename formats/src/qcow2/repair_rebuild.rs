@@ -4,7 +4,8 @@
 //! sector of the header names it; until then the file means what it meant before. The new blocks
 //! count every reference, themselves included, and nothing of the old ones, whose clusters are free
 //! from that moment on. Entries may refer to clusters not far behind the end of the file: the new
-//! structures keep away from those, and count the ones that the file then has (they read as zeroes).
+//! structures keep away from those, and count the ones that the file then has (they read as
+//! zeroes).
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,5 @@
-//! The dirty bit, the corrupt bit and autoclear bits: what an open does with them, and that they tell
-//! the truth after a cut.
+//! The dirty bit, the corrupt bit and autoclear bits: what an open does with them, and that they
+//! tell the truth after a cut.
 
 use std::process::Command;
 
