@@ -14,6 +14,8 @@ pub mod fuzzing;
 mod header_cuts;
 mod ledger;
 mod matrix;
+mod fuzz_repair;
+mod guard;
 mod model;
 mod mover;
 mod mutations;

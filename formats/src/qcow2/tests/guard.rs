@@ -1,0 +1,78 @@
+//! What is metadata, or known to be somebody's data, is not written over, whatever tables say.
+
+use liveblk_engine::driver::sim::{Sim, SimConfig};
+
+use super::mover::{file, open};
+use super::specimen::{COPIED, PLAIN, SHAPES, Specimen};
+
+fn world(specimen: &Specimen) -> Sim {
+    let sim = Sim::new(SimConfig::new(1).calm());
+    sim.fs().create("/image", &specimen.bytes);
+    sim
+}
+
+/// Row R6 and the peer's overlap checks: an entry that leads into metadata is not followed.
+#[test]
+fn guest_writes_never_reach_metadata_of_any_kind() {
+    let base = Specimen::new(SHAPES[7].1);
+    let places = base.places.clone();
+    for (kind, place) in [
+        ("header", 0),
+        ("refcount table", places.reftable),
+        ("refcount block", places.block),
+        ("L1", places.l1),
+        ("L2", places.l2[0]),
+        ("own L2", places.l2[1]),
+        ("snapshot table", places.snapshots),
+        ("snapshot L1", places.snapshot_l1),
+        ("bitmap directory", places.directory),
+    ] {
+        let mut specimen = base.clone();
+        let at = specimen.entry(1, 0);
+        specimen.set(at, 8, place | COPIED);
+        let mut sim = world(&specimen);
+        let span = specimen.span();
+        sim.block_on(0, |core| async move {
+            let disk = open(&core, file(&core, "/image", false).await, true).await.expect(kind);
+            let error = disk.write(span, &[0xee; 4096]).await.expect_err(kind);
+            assert!(error.to_string().contains("corrupt"), "{kind}: {error}");
+            assert!(disk.write(span + (1 << 16), &[0xee; 512]).await.is_err(), "{kind}: stopped");
+        });
+        sim.run_idle();
+        let mut bytes = vec![0; 1 << 16];
+        assert!(sim.fs().read_at("/image", place, &mut bytes));
+        assert!(!bytes.contains(&0xee), "{kind} was written over");
+        let mut bits = [0; 8];
+        assert!(sim.fs().read_at("/image", 72, &mut bits));
+        assert_eq!(bits[7] & 2, 2, "{kind}: the corrupt bit");
+    }
+}
+
+/// Row R1: clusters in use that the refcounts call free are not handed out once they were seen.
+#[test]
+fn the_allocator_hands_out_nothing_that_is_known_to_be_mapped() {
+    let mut specimen = Specimen::new(PLAIN);
+    for host in specimen.places.data.clone() {
+        specimen.set_count(host, 0);
+    }
+    specimen.set_count(specimen.places.l2[1], 0);
+    let mut sim = world(&specimen);
+    sim.block_on(0, |core| async move {
+        let disk = open(&core, file(&core, "/image", false).await, true).await.expect("opens");
+        let (cluster, span) = (specimen.cluster(), specimen.span());
+        let old = |at: u64| (at..at + 2 * cluster).map(|at| specimen.expected(at)).collect();
+        for start in [0, span] {
+            let expected: Vec<u8> = old(start);
+            assert_eq!(disk.read(start, 2 * cluster).await.expect("reads"), expected);
+        }
+        for index in 10..60 {
+            disk.write(index * cluster, &[0xee; 4096]).await.expect("writes");
+            disk.write(span + index * cluster, &[0xee; 4096]).await.expect("writes");
+        }
+        disk.format.flush().await.expect("flushes");
+        for start in [0, span] {
+            let expected: Vec<u8> = old(start);
+            assert_eq!(disk.read(start, 2 * cluster).await.expect("reads"), expected);
+        }
+    });
+}
