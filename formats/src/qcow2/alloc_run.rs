@@ -1,9 +1,9 @@
 //! Many neighbouring clusters at once, however many refcount blocks count them.
 //!
-//! Short runs come from the ordinary search. A run that blocks would interrupt is put at the end of
-//! the file: first every block that will count it is made, each in a cluster before the run, then
-//! the run is counted in memory. Order rules as in `alloc` and `tables`; what an error leaves behind
-//! are empty refcount blocks.
+//! Short runs come from the ordinary search. A run that blocks would interrupt is put at the end
+//! of the file: first every block that will count it is made, each in a cluster before the run,
+//! then the run is counted in memory. Order rules as in `alloc` and `tables`; what an error leaves
+//! behind are empty refcount blocks.
 
 use std::rc::Rc;
 

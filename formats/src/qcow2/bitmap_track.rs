@@ -110,12 +110,21 @@ impl Bitmaps {
     }
 }
 
+/// Why a write may not begin.
+pub(super) enum Waits {
+    /// The mark in the file is missing.
+    Mark(MissId),
+    /// A change is being made.
+    Held,
+}
+
 /// Holds new writes back.
 pub(super) struct Held<'a>(&'a Image);
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.0.bitmaps.borrow_mut().held = false;
+        self.0.pending_ended.notify_all();
     }
 }
 
@@ -134,7 +143,12 @@ impl Image {
             let state = self.state.borrow();
             let header = &state.header;
             let data = header.extensions.find(BITMAPS).filter(|_| header.bitmaps_valid());
-            let Some(data) = data else { return Ok(()) };
+            let Some(data) = data else {
+                let mut bitmaps = self.bitmaps.borrow_mut();
+                (bitmaps.list, bitmaps.place) = (Vec::new(), None);
+                bitmaps.refresh();
+                return Ok(());
+            };
             (Pointer::parse(data, self.geometry), header.size)
         };
         let refuse = |reason| self.bitmap_error(reason, "open");
@@ -165,15 +179,27 @@ impl Image {
     }
 
     /// What a write has to wait for before it may begin.
-    pub(super) fn write_waits_for(&self) -> Result<Option<MissId>> {
+    ///
+    /// The mark is never missing while a write is in flight, so a request that waits for it holds
+    /// no piece back; a change may be on its way then, so whoever is held finishes its pieces first.
+    pub(super) fn write_waits_for(&self) -> Result<Option<Waits>> {
         let waits = {
             let bitmaps = self.bitmaps.borrow();
-            bitmaps.armed || bitmaps.held
+            match (bitmaps.held, bitmaps.armed) {
+                (true, _) => Some(Waits::Held),
+                (false, true) => Some(Waits::Mark(Miss::Bitmaps.id())),
+                (false, false) => None,
+            }
         };
-        if waits {
+        if waits.is_some() {
             self.state.borrow().check_writable()?;
         }
-        Ok(waits.then(|| Miss::Bitmaps.id()))
+        Ok(waits)
+    }
+
+    /// Whether no write may begin.
+    pub(super) fn holds_writes(&self) -> bool {
+        self.bitmaps.borrow().held
     }
 
     /// Sees to it that the write of `range` is recorded when it has ended.

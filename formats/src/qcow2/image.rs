@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 
-use liveblk_engine::address::GuestRange;
+use liveblk_engine::address::{GuestOffset, GuestRange};
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::sync::{Mutex, Notify, Semaphore};
 use liveblk_engine::executor::{Class, Core};
@@ -20,7 +20,7 @@ use liveblk_engine::storage::Storage;
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::bitmap_api::Handle;
-use super::bitmap_track::Bitmaps;
+use super::bitmap_track::{Bitmaps, Waits};
 use super::layout::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Geometry, INCOMPATIBLE_CORRUPT};
 use super::open::{load_state, read_header, repair_dirty};
 use super::options::Options;
@@ -134,6 +134,11 @@ impl Image {
         }));
     }
 
+    /// What a write at `at` waits at.
+    pub(super) fn place_of(&self, at: GuestOffset) -> MissId {
+        MissId(at.bytes() >> self.geometry.cluster_bits)
+    }
+
     /// Runs `future` as a task of the image and waits for it.
     pub(super) fn run<T: 'static>(
         &self,
@@ -214,16 +219,20 @@ impl Format for Qcow2 {
     }
 
     fn begin_write(&self, range: GuestRange) -> Result<WriteStep> {
-        if let Some(miss) = self.0.write_waits_for()? {
-            return Ok(WriteStep::Miss(miss));
+        match self.0.write_waits_for()? {
+            Some(Waits::Mark(miss)) => return Ok(WriteStep::Miss(miss)),
+            Some(Waits::Held) => return Ok(WriteStep::Wait(self.0.place_of(range.start))),
+            None => {}
         }
         let step = self.0.begin_write(range)?;
         Ok(self.0.watch_write(range, step))
     }
 
     fn begin_zero(&self, range: GuestRange, mode: ZeroMode) -> Result<ZeroStep> {
-        if let Some(miss) = self.0.write_waits_for()? {
-            return Ok(ZeroStep::Miss(miss));
+        match self.0.write_waits_for()? {
+            Some(Waits::Mark(miss)) => return Ok(ZeroStep::Miss(miss)),
+            Some(Waits::Held) => return Ok(ZeroStep::Wait(self.0.place_of(range.start))),
+            None => {}
         }
         let step = self.0.begin_zero(range, mode)?;
         Ok(self.0.watch_zero(range, step))
@@ -234,7 +243,7 @@ impl Format for Qcow2 {
         Box::pin(async move {
             let ended = || {
                 let state = image.state.borrow();
-                state.frozen == 0 && !state.pending.contains_key(&wait.0)
+                state.frozen == 0 && !state.pending.contains_key(&wait.0) && !image.holds_writes()
             };
             image.pending_ended.until(ended).await;
         })
@@ -337,6 +346,7 @@ impl Image {
         let header = read_header(&self.core, &self.storage).await?;
         let state = load_state(&self.core, &self.storage, header, &self.options, &name).await?;
         *self.state.borrow_mut() = state;
+        self.load_directory().await?;
         self.state.borrow_mut().writable = true;
         let result = self.become_writable().await;
         if result.is_err() {

@@ -20,6 +20,7 @@ use liveblk_engine::format::{
 };
 use liveblk_engine::{Error, ErrorKind, Result};
 
+use super::bitmap_track::Waits;
 use super::codec::Codec;
 use super::entry::Entry;
 use super::image::Image;
@@ -127,8 +128,10 @@ impl CompressedWrites for Packer {
     }
 
     fn begin_packed(&self, at: GuestOffset, len: u64) -> Result<WriteStep> {
-        if let Some(miss) = self.0.write_waits_for()? {
-            return Ok(WriteStep::Miss(miss));
+        match self.0.write_waits_for()? {
+            Some(Waits::Mark(miss)) => return Ok(WriteStep::Miss(miss)),
+            Some(Waits::Held) => return Ok(WriteStep::Wait(self.0.place_of(at))),
+            None => {}
         }
         let step = self.0.begin_packed_write(at, len)?;
         Ok(self.0.watch_packed(at, step))
