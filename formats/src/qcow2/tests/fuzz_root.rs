@@ -1,6 +1,7 @@
 //! The part of the tests that the fuzz targets are made of.
 #![allow(dead_code, reason = "the fuzz targets need a part of it")]
 
+mod fuzz_packed;
 pub mod fuzzing;
 mod ledger;
 mod mover;

@@ -14,15 +14,21 @@ use liveblk_engine::executor::Core;
 use liveblk_engine::format::{Preallocation, ZeroMode};
 use liveblk_engine::storage::{Memory, Storage};
 
+use super::fuzz_packed;
 use super::ledger::Ledger;
 use super::mover::open;
 use super::play::{BELOW_BYTES, Op, Place, Player, Span, below_byte, below_value, look, nothing};
 use crate::qcow2::{CompressionType, CreateOptions, check, create};
 
 /// The targets by name, as they are called in `fuzz/fuzz_targets`.
-pub const TARGETS: [Target; 2] = [
+pub const TARGETS: [Target; 3] = [
     Target { name: "qcow2_open", run: Session::qcow2_open, corpus: open_corpus },
     Target { name: "qcow2_io", run: Session::qcow2_io, corpus: io_corpus },
+    Target {
+        name: "compressed_cluster",
+        run: fuzz_packed::compressed_cluster,
+        corpus: fuzz_packed::corpus,
+    },
 ];
 
 /// A fuzz target.

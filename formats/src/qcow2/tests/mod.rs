@@ -10,6 +10,7 @@ mod damage;
 mod dirty;
 mod external;
 mod failures;
+mod fuzz_packed;
 pub mod fuzzing;
 mod header_cuts;
 mod ledger;
