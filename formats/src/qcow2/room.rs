@@ -95,7 +95,9 @@ impl Image {
     async fn make_room_behind(&self, end: u64, step: u64) {
         let room = &self.room;
         // What others cut off meanwhile has to be reserved again.
-        let from = room.frontier.get().min(self.storage.size());
+        let known = room.frontier.get().min(self.storage.size());
+        // Where the allocator left a large gap, the gap stays one.
+        let from = if end.saturating_sub(known) > ROOM_STEP_MAX { end } else { known };
         let to = room.frontier.get().max(end) + step;
         match self.storage.reserve(from, to.saturating_sub(from)).await {
             Ok(true) => {
