@@ -39,6 +39,15 @@ pub const ALLOC_CLUSTERS_BATCH: u64 = 16;
 /// Refcount slices that one refill looks through for freed clusters before it takes the end.
 pub const ALLOC_SCAN_SLICES: u64 = 32;
 
+/// Bytes of a step of space that is reserved ahead of the allocator at most.
+pub const ROOM_STEP_MAX: u64 = 64 << 20;
+
+/// The part of the file that a smaller step is.
+pub const ROOM_SHARE: u64 = 8;
+
+/// Bytes behind the last cluster in use that an open after a crash may cut off at most.
+pub const ROOM_CUT_MAX: u64 = 2 * ROOM_STEP_MAX;
+
 /// Unlinked clusters that wait for a flush before the image starts one by itself.
 pub const UNLINKED_RUNS_MAX: usize = 1024;
 

@@ -399,6 +399,26 @@ impl File {
         }
     }
 
+    /// See [`super::Storage::reserve`].
+    ///
+    /// # Errors
+    /// What the system reports; `NoSpace` leaves the size as it was.
+    pub async fn reserve(&self, offset: u64, len: u64) -> Result<bool> {
+        match self.fallocate(FallocateMode::Allocate, offset, len).await {
+            Err(error) if is_unsupported(&error) => Ok(false),
+            Err(error) => Err(error),
+            Ok(()) => {
+                self.size.set(self.size.get().max(offset.saturating_add(len)));
+                Ok(true)
+            }
+        }
+    }
+
+    /// Whether writes get cheaper where space was reserved: not for devices, not in memory.
+    pub fn gains_from_room(&self) -> bool {
+        !self.facts.block_device && !self.is_memory_backed()
+    }
+
     /// See [`super::Storage::truncate`].
     ///
     /// # Errors

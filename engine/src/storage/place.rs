@@ -102,6 +102,23 @@ impl Storage {
         }
     }
 
+    /// As [`Storage::allocate`], but where the storage has no such thing as reserved space nothing
+    /// happens, and the answer is false.
+    pub async fn reserve(&self, offset: u64, len: u64) -> Result<bool> {
+        match self {
+            Self::File(file) => file.reserve(offset, len).await,
+            Self::Memory(memory) => memory.grow(offset.saturating_add(len)).map(|()| true),
+        }
+    }
+
+    /// Whether writes get cheaper where space was reserved.
+    pub fn gains_from_room(&self) -> bool {
+        match self {
+            Self::File(file) => file.gains_from_room(),
+            Self::Memory(_) => false,
+        }
+    }
+
     /// Sets the size; new bytes read as zeroes.
     pub async fn truncate(&self, size: u64) -> Result<()> {
         match self {

@@ -236,6 +236,8 @@ impl Image {
             }
             state.allocator.end += run.count;
             state.allocator.runs.push(run);
+            drop(state);
+            self.keep_room();
             return Ok(());
         }
     }

@@ -25,6 +25,7 @@ use super::layout::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Geometry, INCOMP
 use super::open::{load_state, read_header, repair_dirty};
 use super::options::Options;
 use super::pack::Packer;
+use super::room::Room;
 use super::snapshot::Snapshots;
 use super::state::{Health, Miss, State};
 use crate::reason::Reason;
@@ -62,6 +63,8 @@ pub(super) struct Image {
     pub(super) unpacked: Notify,
     /// Clusters that may be packed or unpacked at a time.
     pub(super) packing: Semaphore,
+    /// Space reserved ahead of the allocator.
+    pub(super) room: Room,
     /// Whether the mapping was made ahead of the data, once it is known.
     pub(super) mapped_ahead: Cell<Option<bool>>,
 }
@@ -319,6 +322,7 @@ impl Format for Qcow2 {
                 return Ok(());
             }
             let result = Rc::clone(&image).settle().await;
+            image.cut_room().await;
             image.state.borrow_mut().writable = false;
             result
         })
@@ -333,6 +337,7 @@ impl Image {
         if !writable {
             // What could not be made durable must not be forgotten: asked again, it fails again.
             Rc::clone(&self).settle().await?;
+            self.cut_room().await;
             self.state.borrow_mut().writable = false;
             return Ok(());
         }
@@ -348,7 +353,10 @@ impl Image {
         *self.state.borrow_mut() = state;
         self.load_directory().await?;
         self.state.borrow_mut().writable = true;
-        let result = self.become_writable().await;
+        let result = match self.become_writable().await {
+            Ok(()) => self.cut_left_room().await,
+            failed => failed,
+        };
         if result.is_err() {
             self.state.borrow_mut().writable = false;
         }

@@ -59,6 +59,7 @@ mod repair;
 mod repair_rebuild;
 mod resize;
 mod rewrite;
+mod room;
 mod snapshot;
 mod snapshot_count;
 mod snapshot_table;

@@ -23,6 +23,7 @@ use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK
 use super::mapped::Mapped;
 use super::options::Options;
 use super::repair::{Repair, repair};
+use super::room::Room;
 use super::snapshot::claim_snapshots;
 use super::snapshot_table::{self, Snapshot};
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
@@ -156,6 +157,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     if writable {
         image.state.borrow_mut().writable = true;
         image.become_writable().await?;
+        image.cut_left_room().await?;
     }
     Ok(image)
 }
@@ -186,6 +188,7 @@ fn assemble(
         reclaims: Cell::new(0),
         unpacked: Notify::new(&core),
         packing: Semaphore::new(&core, packing),
+        room: Room::new(&core, &storage, options.room_ahead),
         mapped_ahead: Cell::new(None),
         core,
         storage,

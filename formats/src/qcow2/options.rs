@@ -77,6 +77,8 @@ pub struct Options {
     pub l2_cache: u64,
     /// Bytes of cached refcount slices at most.
     pub refcount_cache: u64,
+    /// Reserve space ahead of what is needed, on files where writes get cheaper by it.
+    pub room_ahead: bool,
     /// Bytes of a cached piece of an L2 table, if given; only checked.
     pub l2_cache_entry: Option<u64>,
     /// Which metadata is guarded against writes of other things.
@@ -90,6 +92,7 @@ impl Default for Options {
             lazy_refcounts: None,
             l2_cache: L2_CACHE_BYTES,
             refcount_cache: REFCOUNT_CACHE_BYTES,
+            room_ahead: true,
             l2_cache_entry: None,
             overlap: Overlap::default(),
         }

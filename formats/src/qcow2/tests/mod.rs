@@ -27,6 +27,7 @@ mod peer;
 mod play;
 mod repair;
 mod resizing;
+mod roomy;
 mod snapshot_model;
 mod snapshot_peer;
 mod snapshots;
