@@ -1,12 +1,12 @@
 //! Holding an image still: for changes of all its tables at once.
 //!
-//! While an image is frozen, whoever is about to change an entry is told to wait (`State::lookup`),
-//! reads go on, and a flush has nothing to write. Order: (1) new changes wait; (2) pending writes
-//! end; (3) a flush makes their mappings and unlinks durable; (4) the epoch is retired and its
-//! leases end, writes in place among them; (5) what was unlinked is freed; (6) `growth` is taken,
-//! so that nobody makes tables or takes clusters. (2) to (5) hold no lock: a write in flight may
-//! need `growth` before it can end. If (6) finds new work, all is done again; it ends because
-//! frozen writers make no new work.
+//! While an image is frozen, whoever is about to change an entry is told to wait (all ways of
+//! `State` to look one up for a change), reads go on, and a flush has nothing to write. Order: (1)
+//! new changes wait; (2) pending writes end; (3) a flush makes their mappings and unlinks durable;
+//! (4) the epoch is retired and its leases end, writes in place among them; (5) what was unlinked
+//! is freed; (6) `growth` is taken, so that nobody makes tables or takes clusters. (2) to (5) hold
+//! no lock: a write in flight may need `growth` before it can end. If (6) finds new work, all is
+//! done again; it ends because frozen writers make no new work.
 
 use std::rc::Rc;
 
@@ -28,7 +28,10 @@ struct Thaw<'a>(&'a Rc<Image>);
 
 impl Drop for Thaw<'_> {
     fn drop(&mut self) {
-        self.0.state.borrow_mut().frozen -= 1;
+        let mut state = self.0.state.borrow_mut();
+        // The state is a new one if the image became writable again meanwhile.
+        state.frozen = state.frozen.saturating_sub(1);
+        drop(state);
         self.0.pending_ended.notify_all();
     }
 }

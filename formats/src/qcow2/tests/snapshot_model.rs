@@ -139,7 +139,7 @@ impl Work {
         let count = (1 + rng.bits() % [1, 40, 300][(rng.bits() % 3) as usize]).min(sectors - first);
         let (at, len) = (first * SECTOR, count * SECTOR);
         let mode = [ZeroMode::Keep, ZeroMode::Unmap, ZeroMode::Discard][(rng.bits() % 3) as usize];
-        if rng.bits() % 3 == 0 {
+        if rng.bits().is_multiple_of(3) {
             self.model.borrow_mut().change(first, count, 0, mode == ZeroMode::Discard);
             self.disk.zero(at, len, mode).await.expect("zeroes");
             return;

@@ -97,6 +97,10 @@ fn snapshots_of_the_peer_are_kept_applied_and_deleted() {
         println!("{creation}");
         run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", creation, text(&path), "5M"]);
         write(&path, 1, 0, 3 << 20);
+        if creation.starts_with("cluster_size=65536") {
+            let packed = ["write -c -P 8 4M 64k", "write -c -P 9 4160k 64k"];
+            run("qemu-io", &["-f", "qcow2", "-c", packed[0], "-c", packed[1], text(&path)]);
+        }
         run("qemu-img", &["snapshot", "-c", "first", text(&path)]);
         write(&path, 2, 1_000_000, 1_000_000);
         run("qemu-img", &["snapshot", "-c", "second", text(&path)]);
@@ -185,6 +189,57 @@ fn sizes_of_either_are_what_the_other_sees() {
         run("qemu-img", &["snapshot", "-a", "five", text(&path)]);
         let bytes = flat(&path);
         assert!(bytes.len() == 5 << 20 && ones(&bytes));
+        assert_clean(&path);
+    }
+}
+
+/// A machine's state lies behind the end of the disk, in a larger L1 table.
+#[test]
+fn machine_state_behind_the_disk_stays_with_its_snapshot_and_is_never_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    for creation in ["cluster_size=4096", "cluster_size=512", "cluster_size=4096,compat=0.10"] {
+        println!("{creation}");
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", creation, text(&path), "1000448"]);
+        write(&path, 1, 0, 1_000_448);
+        run("qemu-io", &["-f", "qcow2", "-c", "write -b -P 7 0 3M", text(&path)]);
+        run("qemu-img", &["snapshot", "-c", "state", text(&path)]);
+        let v3 = !creation.contains("0.10");
+        calm_with(&load(&path), move |core| async move {
+            let disk = open(&core, file(&core, "/image", false).await, true).await.expect("opens");
+            if v3 {
+                disk.format.resize(3 << 20).await.expect("grows");
+                let added = disk.read(1_000_448, (3 << 20) - 1_000_448).await.unwrap();
+                assert!(added.iter().all(|byte| *byte == 0));
+            }
+            disk.write(0, &[2; 100_000]).await.unwrap();
+            snapshots(&disk).apply("state").await.expect("is applied");
+            assert_eq!(disk.format.size(), 1_000_448);
+            assert!(disk.read(0, 1_000_448).await.unwrap().iter().all(|byte| *byte == 1));
+            take(&disk, "second").await.expect("is taken");
+            snapshots(&disk).delete("second").await.expect("is deleted");
+            disk.format.close().await.expect("closes");
+            let report = check(&core, disk.format.data_storage()).await.expect("is checked");
+            assert!(report.is_clean(), "{:?}", report.problems);
+        });
+        let mut sim = Sim::new(SimConfig::new(1).calm());
+        sim.fs().create("/image", &load(&path));
+        sim.block_on(0, |core| async move {
+            let disk = open(&core, file(&core, "/image", false).await, true).await.expect("opens");
+            snapshots(&disk).apply("state").await.expect("is applied");
+            disk.format.close().await.expect("closes");
+        });
+        sim.fs().export("/image", &path).unwrap();
+        assert_clean(&path);
+        run("qemu-img", &["snapshot", "-a", "state", text(&path)]);
+        run("qemu-io", &["-f", "qcow2", "-c", "read -b -P 7 0 3M", text(&path)]);
+        sim.fs().create("/image", &load(&path));
+        sim.block_on(0, |core| async move {
+            let disk = open(&core, file(&core, "/image", false).await, true).await.expect("opens");
+            snapshots(&disk).delete("state").await.expect("is deleted");
+            disk.format.close().await.expect("closes");
+        });
+        sim.fs().export("/image", &path).unwrap();
         assert_clean(&path);
     }
 }

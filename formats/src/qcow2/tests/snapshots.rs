@@ -1,5 +1,6 @@
 //! Snapshots inside an image: what each change does, at every cut and with every failure.
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use liveblk_engine::driver::sim::{FaultRule, OpFilter, Sim, SimConfig, SimOpKind};
@@ -202,6 +203,66 @@ fn a_snapshot_waits_for_writes_in_flight_and_holds_new_ones_back() {
     });
 }
 
+/// Writers that never stop: what a snapshot holds of each sector is no older than what was complete
+/// before it began, no younger than what had begun before it ended.
+#[test]
+fn snapshots_under_writes_in_flight_are_of_one_instant() {
+    const SECTORS: u64 = 400;
+    for seed in 0..6 {
+        let mut sim = Sim::new(SimConfig::new(seed));
+        sim.block_on(0, move |core| async move {
+            let options = CreateOptions { cluster_size: 4096, ..CreateOptions::new(SECTORS * 512) };
+            let disk = image(&core, options).await;
+            let (begun, ended) = (Rc::new(Cell::new(0_u64)), Rc::new(Cell::new(0_u64)));
+            let stop = Rc::new(Cell::new(false));
+            let writer = {
+                let (disk, begun, ended) = (disk.clone(), Rc::clone(&begun), Rc::clone(&ended));
+                let stop = Rc::clone(&stop);
+                core.spawn(Class::Guest, async move {
+                    while !stop.get() {
+                        begun.set(begun.get() + 1);
+                        // Every sector in turn, so that an instant is one number.
+                        let at = begun.get() % SECTORS * 512;
+                        let bytes = begun.get().to_be_bytes().repeat(64);
+                        disk.write(at, &bytes).await.expect("writes");
+                        ended.set(begun.get());
+                    }
+                })
+            };
+            let mut instants = Vec::new();
+            for round in 0..5 {
+                for _ in 0..150 {
+                    disk.read(0, 512).await.unwrap();
+                }
+                let before = ended.get();
+                take(&disk, &format!("{round}")).await.expect("is taken");
+                instants.push((round, before, begun.get()));
+                if round == 2 {
+                    snapshots(&disk).delete("1").await.expect("is deleted");
+                }
+            }
+            stop.set(true);
+            writer.await;
+            for (round, before, after) in instants.into_iter().filter(|(round, ..)| *round != 0) {
+                snapshots(&disk).apply(&format!("{}", round + 1)).await.expect("is applied");
+                let bytes = disk.read(0, SECTORS * 512).await.unwrap();
+                let values: Vec<u64> = bytes
+                    .chunks(512)
+                    .map(|sector| u64::from_be_bytes(sector[..8].try_into().unwrap()))
+                    .collect();
+                let last = values.iter().copied().max().unwrap();
+                assert!((before..=after).contains(&last), "{before} {last} {after}");
+                for (sector, value) in values.iter().enumerate() {
+                    let behind = (last + SECTORS - sector as u64) % SECTORS;
+                    assert_eq!(*value, last.saturating_sub(behind), "sector {sector}");
+                }
+            }
+            disk.format.close().await.expect("closes");
+            assert_sound(&core, &disk, true).await;
+        });
+    }
+}
+
 /// What is done to an image with one snapshot, "old", and content over it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Change {
@@ -265,8 +326,8 @@ async fn judge(disk: &Disk, change: Change) -> bool {
     };
     let expected = if change == Change::Apply && after { &old } else { &now };
     assert!(bytes[..] == expected[..bytes.len()], "{change:?} after: {after}");
-    let shrunk = change == Change::Shrink && after;
-    assert_eq!(size == 64 * KIB, !shrunk && !(change == Change::Grow && after), "{size}");
+    let resized = matches!(change, Change::Shrink | Change::Grow) && after;
+    assert_eq!(size == 64 * KIB, !resized, "{size}");
     let whole = matches!(change, Change::Create | Change::Delete) && after;
     assert_eq!(list.len() == 1, !whole);
     if change == Change::Grow && after {
@@ -304,7 +365,7 @@ fn a_cut_at_every_step_of_a_change_leaves_the_old_or_the_new_image() {
         loop {
             let mut sim = Sim::with_fs(SimConfig::new(7).calm(), start.after_kill());
             let core = sim.core(0);
-            let (task_core, done) = (core.clone(), Rc::new(std::cell::Cell::new(false)));
+            let (task_core, done) = (core.clone(), Rc::new(Cell::new(false)));
             let ended = Rc::clone(&done);
             drop(core.spawn(Class::Guest, async move {
                 let storage = file(&task_core, "/image", false).await;
