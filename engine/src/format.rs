@@ -68,8 +68,8 @@ pub enum Mapping {
     Damaged(crate::Error),
 }
 
-/// Where the bytes of a compressed cluster lie, as a resolve or a step saw it: valid under the lease
-/// that came with it, whatever the mapping says later.
+/// Where the bytes of a compressed cluster lie, as a resolve or a step saw it: valid under the
+/// lease that came with it, whatever the mapping says later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackedCluster {
     /// Start of the cluster in the guest's address space.

@@ -181,7 +181,8 @@ impl Image {
     /// What a write has to wait for before it may begin.
     ///
     /// The mark is never missing while a write is in flight, so a request that waits for it holds
-    /// no piece back; a change may be on its way then, so whoever is held finishes its pieces first.
+    /// no piece back; a change may be on its way then, so whoever is held finishes its pieces
+    /// first.
     pub(super) fn write_waits_for(&self) -> Result<Option<Waits>> {
         let waits = {
             let bitmaps = self.bitmaps.borrow();

@@ -1,9 +1,10 @@
 //! Packing and unpacking the bytes of one cluster: deflate or zstd (specification, "Compressed
 //! Clusters Descriptor" and the header's `compression_type`).
 //!
-//! Promises: pure functions of their input, which is not trusted; nothing beyond one cluster is ever
-//! written or allocated for output; unpacking stops when the cluster is full, so what fills the last
-//! sector does no harm; too little output is an error. Does no I/O, knows nothing of the file.
+//! Promises: pure functions of their input, which is not trusted; nothing beyond one cluster is
+//! ever written or allocated for output; unpacking stops when the cluster is full, so what fills
+//! the last sector does no harm; too little output is an error. Does no I/O, knows nothing of the
+//! file.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe;

@@ -3,7 +3,8 @@
 //! 1. copy, at one instant: dirty refcount slices, dirty L2 slices, changed sectors of the refcount
 //!    table and of L1, the list of unlinked clusters (the memory may change from now on);
 //! 2. write the refcount slices;
-//! 3. barrier, of an external data file first: guest data that was complete at (1), contents of new tables, refcounts;
+//! 3. barrier, of an external data file first: guest data that was complete at (1), contents of new
+//!    tables, refcounts;
 //! 4. refcount table sectors (new blocks), barrier;
 //! 5. L2 slices;
 //! 6. barrier, then L1 sectors (new L2 tables), if any;

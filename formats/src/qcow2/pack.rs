@@ -3,7 +3,8 @@
 //! Packed clusters begin at sector boundaries (or at those of the storage, if larger) and share
 //! host clusters but no sector: what is durable is never read and written again to put something
 //! beside it, so a torn or failed write harms nobody but its own cluster. One may continue in the
-//! next host cluster if that is free. Each host cluster counts every packed cluster that touches it.
+//! next host cluster if that is free. Each host cluster counts every packed cluster that touches
+//! it.
 //!
 //! The order is that of other allocations (see `write`): counted in memory, pending, written,
 //! visible; what the entry named before loses its references when the new entry is published. The

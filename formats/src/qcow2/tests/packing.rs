@@ -159,7 +159,8 @@ fn a_cached_cluster_is_never_stale_after_a_rewrite() {
             disk.write(5000 / 512 * 512, &[9; 512]).await.unwrap();
             expected[4608..5120].fill(9);
             assert_eq!(disk.read(0, CLUSTER).await.unwrap(), expected);
-            // Again and again at the same place of the file: what was kept of it must not come back.
+            // Again and again at the same place of the file: what was kept of it must not come
+            // back.
             let mut places = std::collections::BTreeSet::new();
             for round in 2..40 {
                 let bytes = soft(round, 65536);

@@ -8,8 +8,8 @@
 //! sectors. States that were judged before within the sequence are left out, and so are the cuts
 //! before the last step, because the shorter sequence had them.
 //!
-//! Each state is checked (no corruptions), opened writable, read whole, and gone back to each of its
-//! snapshots; all must be as the ledger allows.
+//! Each state is checked (no corruptions), opened writable, read whole, and gone back to each of
+//! its snapshots; all must be as the ledger allows.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
