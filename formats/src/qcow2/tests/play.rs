@@ -128,11 +128,6 @@ impl Player {
         self.disk.borrow().clone().expect("invariant: open between steps")
     }
 
-    /// Whether the image is open.
-    pub(super) fn is_open(&self) -> bool {
-        self.disk.borrow().is_some()
-    }
-
     /// Whether the step touches only what the disk has.
     pub(super) fn is_inside(&self, op: &Op) -> bool {
         match op {
