@@ -150,7 +150,8 @@ impl Matrix {
         if let Err(error) = result {
             use liveblk_engine::ErrorKind::{InvalidArgument, Unsupported};
             // Narrow refcounts count few snapshots.
-            let narrow = error.kind() == InvalidArgument && matches!(change, Op::Take(_));
+            let counted = matches!(change, Op::Take(_) | Op::Apply(_));
+            let narrow = error.kind() == InvalidArgument && counted;
             assert!(narrow || error.kind() == Unsupported, "{change:?}: {error}");
             self.counts.refused += 1;
         }
