@@ -89,9 +89,9 @@ pub(super) fn corpus() -> Vec<Vec<u8>> {
                 0 => rng.bits(),
                 1 => cluster,
                 2 => cluster | 1 << 63,
-                3 => cluster | 1 << 62 | rng.bits() % 4096,
+                3 => cluster | 1 << 62 | (rng.bits() % 4096),
                 4 => rng.bits() % 4,
-                _ => cluster | rng.bits() % 512,
+                _ => cluster | (rng.bits() % 512),
             };
             input.extend_from_slice(&value.to_be_bytes());
         }

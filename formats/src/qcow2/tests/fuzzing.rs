@@ -193,7 +193,8 @@ fn options(input: &mut Input<'_>) -> CreateOptions {
     let order = if version == 2 { 4 } else { u32::from(input.byte() % 7) };
     // Some clusters, and not a whole number of them.
     let clusters = 1 + u64::from(input.byte());
-    let size = ((clusters << bits) - u64::from(input.byte() % 2) * 512).min(1 << 20).max(512);
+    let size = (clusters << bits) - u64::from(input.byte() % 2) * 512;
+    let size = size.clamp(512, 1 << 20);
     let more = input.byte();
     CreateOptions {
         extended_l2: version == 3 && bits >= 14 && more & 1 != 0,
