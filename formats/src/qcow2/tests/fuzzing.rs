@@ -268,8 +268,8 @@ async fn play(core: &Core, memory: Rc<Memory>, below: fn(u64) -> u8, sectors: u6
     for op in ops {
         let Some(op) = fitted(&player, op) else { continue };
         if let Err(error) = player.run(&op).await {
-            // Some sizes are refused, and narrow refcounts count few snapshots; everything else works
-            // on memory without end.
+            // Some sizes are refused, and narrow refcounts count few snapshots; everything else
+            // works on memory without end.
             let refused = matches!(op, Op::Resize(_))
                 || (matches!(op, Op::Take(_)) && error.kind() == ErrorKind::InvalidArgument);
             assert!(refused, "{op:?}: {error}");
