@@ -14,20 +14,26 @@ use liveblk_engine::executor::Core;
 use liveblk_engine::format::{Preallocation, ZeroMode};
 use liveblk_engine::storage::{Memory, Storage};
 
-use super::fuzz_packed;
 use super::ledger::Ledger;
 use super::mover::open;
 use super::play::{BELOW_BYTES, Op, Place, Player, Span, below_byte, below_value, look, nothing};
+use super::{fuzz_bitmaps, fuzz_packed, fuzz_repair};
 use crate::qcow2::{CompressionType, CreateOptions, check, create};
 
 /// The targets by name, as they are called in `fuzz/fuzz_targets`.
-pub const TARGETS: [Target; 3] = [
+pub const TARGETS: [Target; 5] = [
     Target { name: "qcow2_open", run: Session::qcow2_open, corpus: open_corpus },
     Target { name: "qcow2_io", run: Session::qcow2_io, corpus: io_corpus },
     Target {
         name: "compressed_cluster",
         run: fuzz_packed::compressed_cluster,
         corpus: fuzz_packed::corpus,
+    },
+    Target { name: "bitmap_dir", run: fuzz_bitmaps::bitmap_dir, corpus: fuzz_bitmaps::corpus },
+    Target {
+        name: "qcow2_check_repair",
+        run: Session::qcow2_check_repair,
+        corpus: fuzz_repair::corpus,
     },
 ];
 
@@ -97,7 +103,7 @@ impl Session {
         Self { sim: Sim::new(config) }
     }
 
-    fn run<F: Future + 'static>(&mut self, make: impl FnOnce(Core) -> F) -> F::Output
+    pub(super) fn run<F: Future + 'static>(&mut self, make: impl FnOnce(Core) -> F) -> F::Output
     where
         F::Output: 'static,
     {
@@ -127,6 +133,12 @@ impl Session {
                 drop(disk.format.close().await);
             }
         });
+    }
+
+    /// A specimen with changed bytes: checked, repaired, checked again and used.
+    pub fn qcow2_check_repair(&mut self, data: &[u8]) {
+        let data = data.to_vec();
+        self.run(|core| fuzz_repair::check_repair(core, data));
     }
 
     /// Options, changes of bytes, steps: an image is made, damaged, and used against the ledger.
