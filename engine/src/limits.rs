@@ -45,6 +45,9 @@ pub const CHAIN_GRANULE: std::ops::RangeInclusive<u64> = 4 << 10..=2 << 20;
 /// Nanoseconds after which a cut gives up waiting for requests in flight.
 pub const CUT_DEADLINE_NS: u64 = 30_000_000_000;
 
+/// Files with a failed flush that a core remembers after they were closed.
+pub const FAILED_SYNCS: usize = 1024;
+
 /// The longest node name in bytes.
 pub const NODE_NAME_MAX: usize = 31;
 

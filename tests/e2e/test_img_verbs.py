@@ -1,4 +1,4 @@
-"""The verbs of `liveblk img` beside qemu-img: exit codes, JSON, refusals, and what a failure leaves.
+"""The verbs of `liveblk img` beside qemu-img: exit codes, JSON, refusals, what a failure leaves.
 """
 
 import asyncio
@@ -309,20 +309,25 @@ BAD = [
     (["info", "NEW"], "No such file"), (["info", "RAW"], "-f raw"), (["info", "/tmp"], "/tmp"),
     (["info", "-f", "qcow2", "RAW"], "not in qcow2 format"), (["info", "-f", "zz", "FILE"], "'zz'"),
     (["info", "--output=xml", "FILE"], "xml"), (["info", "/dev/null"], "/dev/null"),
-    (["info", "FILE", "FILE"], "FILE"), (["map", "RAW"], "-f raw"), (["map", "-s", "x", "FILE"], "x"),
+    (["info", "FILE", "FILE"], "FILE"), (["map", "RAW"], "-f raw"),
+    (["map", "-s", "x", "FILE"], "x"),
     (["map", "-l", "1.5", "FILE"], "1.5"), (["check", "-r", "foo", "FILE"], "foo"),
     (["check", "-r", "all", "-U", "FILE"], "force-share"), (["check", "NEW"], "No such file"),
     (["convert"], "FILES"), (["convert", "FILE"], "target"), (["convert", "NEW", "NEW"], "No such"),
-    (["convert", "-O", "zz", "FILE", "NEW"], "'zz'"), (["convert", "-f", "zz", "FILE", "NEW"], "zz"),
+    (["convert", "-O", "zz", "FILE", "NEW"], "'zz'"),
+    (["convert", "-f", "zz", "FILE", "NEW"], "zz"),
     (["convert", "-c", "-O", "raw", "FILE", "NEW"], "ompression"),
-    (["convert", "-n", "FILE", "NEW"], "No such file"), (["convert", "-t", "x", "FILE", "NEW"], "x"),
+    (["convert", "-n", "FILE", "NEW"], "No such file"),
+    (["convert", "-t", "x", "FILE", "NEW"], "x"),
     (["convert", "-T", "x", "FILE", "NEW"], "x"), (["convert", "-S", "q", "FILE", "NEW"], "-S"),
     (["convert", "-m", "99", "FILE", "NEW"], "99"), (["convert", "-m", "0", "FILE", "NEW"], "0"),
     (["convert", "-O", "qcow2", "-B", "FILE", "FILE", "NEW"], "-F"),
     (["convert", "--target-is-zero", "FILE", "NEW"], "--no-create"),
     (["convert", "-O", "qcow2", "-o", "size=512", "FILE", "NEW"], "less"),
-    (["resize", "FILE"], "SIZE"), (["resize", "FILE", "zz"], "'size'"), (["resize", "RAW", "1M"], "raw"),
-    (["resize", "FILE", "512k"], "--shrink"), (["resize", "--shrink", "FILE", "--", "-5M"], "positive"),
+    (["resize", "FILE"], "SIZE"), (["resize", "FILE", "zz"], "'size'"),
+    (["resize", "RAW", "1M"], "raw"),
+    (["resize", "FILE", "512k"], "--shrink"),
+    (["resize", "--shrink", "FILE", "--", "-5M"], "positive"),
     (["resize", "FILE", "0"], "positive"), (["resize", "--preallocation=x", "FILE", "2M"], "'x'"),
     (["resize", "FILE", "+99999E"], "'size'"), (["snapshot", "-c", "a", "-d", "b", "FILE"], "-d"),
     (["snapshot", "-a", "nope", "FILE"], "nope"), (["snapshot", "-d", "nope", "FILE"], "nope"),

@@ -4,10 +4,11 @@
 //! their last completion, so that the read-modify-write of an unaligned edge and a neighbour's
 //! write
 //! never overlap; (2) a flush covers the writes that ended before it was asked for: one runs at a
-//! time, later callers share the next one; (3) a failed flush is remembered for good, because the
-//! kernel forgets which pages it lost.
+//! time, later callers share the next one; (3) a failed flush is remembered for good, by all
+//! descriptors of the file, those opened later too, because the kernel forgets which pages it lost.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -22,6 +23,7 @@ use crate::driver::{FallocateMode, FileFacts, FsOp, FsOutcome, Handle, OpKind, O
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::sync::Notify;
 use crate::executor::{Class, Core, JoinHandle, Op};
+use crate::limits::FAILED_SYNCS;
 use crate::ranges::RangeLocks;
 
 /// How a file is opened.
@@ -68,6 +70,37 @@ struct FlushState {
     changed: Notify,
 }
 
+/// Files of a core whose data may be lost although the page cache still shows it: a flush failed,
+/// and the kernel forgets it with the descriptor that was told.
+#[derive(Debug, Default)]
+struct FailedSyncs(RefCell<VecDeque<((u64, u64), Error)>>);
+
+impl FailedSyncs {
+    fn of(core: &Core) -> Rc<Self> {
+        core.extension(Self::default)
+    }
+
+    fn note(&self, identity: (u64, u64), error: &Error) {
+        let mut failed = self.0.borrow_mut();
+        if failed.iter().any(|(known, _)| *known == identity) {
+            return;
+        }
+        if failed.len() >= FAILED_SYNCS {
+            failed.pop_front();
+        }
+        failed.push_back((identity, error.clone()));
+    }
+
+    fn forget(&self, identity: (u64, u64)) {
+        self.0.borrow_mut().retain(|(known, _)| *known != identity);
+    }
+
+    fn find(&self, identity: (u64, u64)) -> Option<Error> {
+        let failed = self.0.borrow();
+        failed.iter().find(|(known, _)| *known == identity).map(|(_, error)| error.clone())
+    }
+}
+
 impl File {
     /// Opens (or creates) a file.
     ///
@@ -98,6 +131,10 @@ impl File {
         } else {
             None
         };
+        if options.create_new {
+            // The same number, another file.
+            FailedSyncs::of(core).forget(facts.identity);
+        }
         Ok(Rc::new(Self {
             core: core.clone(),
             name,
@@ -271,6 +308,9 @@ impl File {
         let state = &self.flush;
         let ticket = state.requested.get() + 1;
         state.requested.set(ticket);
+        if state.failed.borrow().is_none() {
+            *state.failed.borrow_mut() = FailedSyncs::of(&self.core).find(self.identity());
+        }
         loop {
             if let Some(error) = &*state.failed.borrow() {
                 return Err(error.clone());
@@ -298,6 +338,7 @@ impl File {
         };
         if result < 0 {
             let error = Error::os(-result, "flush").on(&self.name);
+            FailedSyncs::of(&self.core).note(self.facts.identity, &error);
             *state.failed.borrow_mut() = Some(error);
         } else {
             state.finished.set(covers);

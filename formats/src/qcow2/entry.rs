@@ -76,15 +76,15 @@ impl Entry {
         } else {
             place
         };
-        let flag = if geometry.extended { 0 } else { ZERO };
         let subclusters = if geometry.extended {
             Subclusters::from_bitmap(host, copied, raw.bitmap)
         } else {
             let zero = if word & ZERO == 0 { 0 } else { ALL };
             Subclusters { host, copied, allocated: if host == 0 { 0 } else { !zero }, zero }
         };
-        let impossible = word & !(OFFSET_MASK | COPIED | flag) != 0
-            || (word & flag != 0 && geometry.version < 3)
+        // Bit 0 has no meaning beside subclusters; the peer does not look at it either.
+        let impossible = word & !(OFFSET_MASK | COPIED | ZERO) != 0
+            || (word & ZERO != 0 && geometry.version < 3)
             || !geometry.aligned(host)
             || place >= limit
             || !subclusters.is_possible();
@@ -244,11 +244,11 @@ mod tests {
 
     #[test]
     fn reserved_bits_of_extended_entries_are_damage() {
-        for bit in (0..9).chain(9..16).chain(56..62) {
+        for bit in (1..9).chain(9..16).chain(56..62) {
             let entry = extended(COPIED | 0x5_0000 | 1 << bit, ALL.into());
             assert_eq!(entry, Entry::Damaged, "bit {bit}");
         }
-        assert_eq!(extended(1, 0), Entry::Damaged, "no zero flag in the first word");
+        assert_eq!(extended(1, 0), Entry::Absent, "no zero flag in the first word");
         assert_eq!(extended(COPIED, 0), Entry::Damaged);
     }
 

@@ -288,7 +288,8 @@ class ImageWorld:
         await self.same_told()
         if self.params.data_file == "raw":
             with open(os.path.join(self.folder, "image.data"), "rb") as file:
-                first_difference(theirs, file.read()[:len(theirs)], "the disk and its raw data file")
+                held = file.read()[:len(theirs)]
+                first_difference(theirs, held, "the disk and its raw data file")
 
     async def both_clean(self):
         told = []

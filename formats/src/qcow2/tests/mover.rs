@@ -12,7 +12,7 @@ use liveblk_engine::format::{
     DataSource, Driver, Extents, Fill, Format, FormatOptions, Mapping, OpenData, OpenImage,
     WriteStep, ZeroMode, ZeroStep,
 };
-use liveblk_engine::storage::{File, FileOptions, Storage};
+use liveblk_engine::storage::{File, FileOptions, Storage, sync_folder_of};
 
 use crate::qcow2::{Options, Qcow2Driver};
 
@@ -39,7 +39,12 @@ where
 pub(super) async fn file(core: &Core, path: &str, create_new: bool) -> Storage {
     let options =
         FileOptions { path: path.into(), writable: true, create_new, ..FileOptions::default() };
-    Storage::File(File::open(core, options).await.expect("the file opens"))
+    let storage = Storage::File(File::open(core, options).await.expect("the file opens"));
+    if create_new {
+        // Tests cut the power later: the name is not what they are about.
+        sync_folder_of(core, path.as_ref()).await.expect("the folder is durable");
+    }
+    storage
 }
 
 /// Opens data files by their names, in the root folder of the world.

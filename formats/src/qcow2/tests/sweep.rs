@@ -61,7 +61,8 @@ impl Fault {
         match self {
             Self::Once(ENOSPC) | Self::FromThenOn(ENOSPC) => kind == ErrorKind::NoSpace,
             Self::Once(_) | Self::FromThenOn(_) => {
-                matches!(kind, ErrorKind::Io(_) | ErrorKind::Poisoned)
+                // Read-only: it could not be made writable again.
+                matches!(kind, ErrorKind::Io(_) | ErrorKind::Poisoned | ErrorKind::ReadOnly)
             }
             Self::Short => false,
         }
@@ -333,7 +334,7 @@ impl Sweep {
         let over = fault.explains(ErrorKind::Poisoned);
         for error in again.into_iter().filter_map(Result::err) {
             let told = format!("{told}, afterwards: {error}");
-            let poisoned = over && matches!(error.kind(), ErrorKind::Poisoned | ErrorKind::Io(_));
+            let poisoned = over && fault.explains(error.kind());
             assert!(poisoned || error.kind() == ErrorKind::Unsupported, "{told}");
         }
     }

@@ -339,7 +339,6 @@ fn all_pairs_of_steps_survive_every_cut_over_a_backing_file() {
     let mut kind = kind(4096, depth(2));
     assert_eq!(kind.options.size, BELOW_BYTES);
     kind.below = below_byte;
-    kind.down = BELOW_BYTES / SECTOR;
     explore("4 KiB clusters over a backing file", kind.clone());
     kind.options.version = 2;
     explore("version 2 over a backing file", kind);
@@ -350,7 +349,6 @@ fn all_pairs_of_steps_survive_every_cut_with_subclusters() {
     let mut kind = kind(16 << 10, depth(2));
     kind.options.extended_l2 = true;
     kind.below = below_byte;
-    kind.down = BELOW_BYTES / SECTOR;
     explore("subclusters over a backing file", kind);
 }
 
