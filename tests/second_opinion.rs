@@ -193,7 +193,7 @@ fn made_by_the_peer(folder: &Path, plans: &[Plan], fills: &[Vec<u8>]) -> Vec<Vec
         }
         create.extend([name(depth), plan.size.to_string()]);
         run(folder, "qemu-img", &create);
-        let mut io = words("-d unmap -f qcow2");
+        let mut io = words("-t unsafe -d unmap -f qcow2");
         io.push(name(depth));
         for op in &plan.ops {
             io.push("-c".into());
@@ -249,7 +249,7 @@ fn read_by_imago(path: &Path, expected: &[u8], rng: &mut Rng) -> Vec<u8> {
     for (number, piece) in all.chunks_mut(777_777).enumerate() {
         image.read(piece, number as u64 * 777_777).expect("imago reads");
     }
-    for _ in 0..200 {
+    for _ in 0..60 {
         let at = (rng.bits() % expected.len() as u64) as usize;
         let len = (1 + rng.bits() % 9000).min((expected.len() - at) as u64) as usize;
         let mut piece = vec![0x5a; len];

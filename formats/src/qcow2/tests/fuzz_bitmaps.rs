@@ -277,18 +277,20 @@ pub(super) fn corpus() -> Vec<Vec<u8>> {
         }
         all.push(input);
     }
-    for number in 0..64_u8 {
-        let which = usize::from(number) % IMAGES.len();
+    for round in 0..64_u8 {
+        let which = usize::from(round) % IMAGES.len();
         let base = base(&mut session, which);
         let (at, len) = base.places[DIRECTORY];
         let mut directory = base.bytes[at..at + len].to_vec();
         let mut count = 4_u16;
-        match number / 4 % 4 {
-            // The same bitmaps again, perhaps with another name.
+        match round / 4 % 4 {
+            // The same bitmaps again: with another name, in the same places.
             0 => {
                 let mut more = directory.clone();
-                if let Some(letter) = more.get_mut(24) {
-                    *letter ^= number / 16;
+                let mut at = 0;
+                while at < len {
+                    more[at + 24] ^= round / 16;
+                    at += (24 + number(&more, at + 18, 2) as usize).next_multiple_of(8);
                 }
                 directory.extend(more);
                 count += 4;
@@ -302,7 +304,7 @@ pub(super) fn corpus() -> Vec<Vec<u8>> {
                 }
             }
         }
-        let head = 128 + number % 4;
+        let head = 128 + round % 4;
         all.push([&[head][..], &count.to_le_bytes(), &directory].concat());
     }
     all
