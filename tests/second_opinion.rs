@@ -2,8 +2,8 @@
 //!
 //! Images are made by us or by the peer with random requests from a seed: versions, cluster sizes,
 //! compressed and zeroed clusters, alone or over a backing file shorter than the disk. The model is
-//! what the requests say. Our reads and the crate imago's must both be the model, byte by byte. What
-//! imago does not open is listed with the reason.
+//! what the requests say. Our reads and the crate imago's must both be the model, byte by byte.
+//! What imago does not open is listed with the reason.
 
 #[path = "layers/mod.rs"]
 mod layers;

@@ -1,4 +1,4 @@
-//! images whose bitmap directory, tables and bits are overwritten: see `liveblk_formats::qcow2::fuzzing`.
+//! images whose bitmaps are overwritten: see `liveblk_formats::qcow2::fuzzing`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| liveblk_fuzz::run("bitmap_dir", data));

@@ -10,7 +10,6 @@
 //! and of the granularity that is listed; a file grows by what the changes need and no more; what
 //! was not damaged loads as it was stored. Memory is bounded by the limit of the fuzzer.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -43,7 +42,7 @@ const EXTENSION: u64 = 0x2385_2875;
 
 /// An image and where its parts are.
 #[derive(Clone, Debug, Default)]
-struct Base {
+pub(super) struct Base {
     bytes: Vec<u8>,
     cluster_bits: u32,
     /// Start and length of what inputs change.
@@ -148,19 +147,15 @@ impl Base {
     }
 }
 
-thread_local! {
-    /// The images, made when they are first needed.
-    static BASES: RefCell<BTreeMap<usize, Base>> = const { RefCell::new(BTreeMap::new()) };
-}
-
+/// The image of [`IMAGES`], made when it is first needed.
 fn base(session: &mut Session, which: usize) -> Base {
-    let known = BASES.with_borrow(|bases| bases.get(&which).cloned());
-    known.unwrap_or_else(|| {
-        let (cluster_bits, size) = IMAGES[which];
-        let new = session.run(|core| Base::new(core, cluster_bits, size));
-        BASES.with_borrow_mut(|bases| bases.insert(which, new.clone()));
-        new
-    })
+    if let Some(known) = session.bitmap_images.get(&which) {
+        return known.clone();
+    }
+    let (cluster_bits, size) = IMAGES[which];
+    let new = session.run(|core| Base::new(core, cluster_bits, size));
+    session.bitmap_images.insert(which, new.clone());
+    new
 }
 
 /// Runs one input.

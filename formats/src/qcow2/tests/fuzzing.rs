@@ -6,6 +6,7 @@
 //! A new target is a method here (or in a file of its own, called from here), a generator in
 //! [`corpus`], and five lines in `fuzz/fuzz_targets`.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use liveblk_engine::ErrorKind;
@@ -88,6 +89,8 @@ impl<'a> Input<'a> {
 /// A machine that inputs run on, one after the other.
 pub struct Session {
     sim: Sim,
+    /// What `bitmap_dir` starts from.
+    pub(super) bitmap_images: BTreeMap<usize, fuzz_bitmaps::Base>,
 }
 
 /// The largest image that an input is taken for, in bytes.
@@ -100,7 +103,7 @@ impl Session {
     /// A new machine.
     pub fn new() -> Self {
         let config = SimConfig { steps_max: u64::MAX, ..SimConfig::new(1).calm() };
-        Self { sim: Sim::new(config) }
+        Self { sim: Sim::new(config), bitmap_images: BTreeMap::new() }
     }
 
     pub(super) fn run<F: Future + 'static>(&mut self, make: impl FnOnce(Core) -> F) -> F::Output
@@ -279,8 +282,8 @@ async fn play(core: &Core, memory: Rc<Memory>, below: fn(u64) -> u8, sectors: u6
     for op in ops {
         let Some(op) = fitted(&player, op) else { continue };
         if let Err(error) = player.run(&op).await {
-            // Some sizes are refused, and narrow refcounts count few snapshots; everything else works
-            // on memory without end.
+            // Some sizes are refused, and narrow refcounts count few snapshots; everything else
+            // works on memory without end.
             let refused = matches!(op, Op::Resize(_))
                 || (matches!(op, Op::Take(_)) && error.kind() == ErrorKind::InvalidArgument);
             assert!(refused, "{op:?}: {error}");
