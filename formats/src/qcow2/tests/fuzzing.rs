@@ -6,6 +6,7 @@
 //! A new target is a method here (or in a file of its own, called from here), a generator in
 //! [`corpus`], and five lines in `fuzz/fuzz_targets`.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use liveblk_engine::ErrorKind;
@@ -14,20 +15,26 @@ use liveblk_engine::executor::Core;
 use liveblk_engine::format::{Preallocation, ZeroMode};
 use liveblk_engine::storage::{Memory, Storage};
 
-use super::fuzz_packed;
 use super::ledger::Ledger;
 use super::mover::open;
 use super::play::{BELOW_BYTES, Op, Place, Player, Span, below_byte, below_value, look, nothing};
+use super::{fuzz_bitmaps, fuzz_packed, fuzz_repair};
 use crate::qcow2::{CompressionType, CreateOptions, check, create};
 
 /// The targets by name, as they are called in `fuzz/fuzz_targets`.
-pub const TARGETS: [Target; 3] = [
+pub const TARGETS: [Target; 5] = [
     Target { name: "qcow2_open", run: Session::qcow2_open, corpus: open_corpus },
     Target { name: "qcow2_io", run: Session::qcow2_io, corpus: io_corpus },
     Target {
         name: "compressed_cluster",
         run: fuzz_packed::compressed_cluster,
         corpus: fuzz_packed::corpus,
+    },
+    Target { name: "bitmap_dir", run: fuzz_bitmaps::bitmap_dir, corpus: fuzz_bitmaps::corpus },
+    Target {
+        name: "qcow2_check_repair",
+        run: Session::qcow2_check_repair,
+        corpus: fuzz_repair::corpus,
     },
 ];
 
@@ -82,6 +89,8 @@ impl<'a> Input<'a> {
 /// A machine that inputs run on, one after the other.
 pub struct Session {
     sim: Sim,
+    /// What `bitmap_dir` starts from.
+    pub(super) bitmap_images: BTreeMap<usize, fuzz_bitmaps::Base>,
 }
 
 /// The largest image that an input is taken for, in bytes.
@@ -94,10 +103,10 @@ impl Session {
     /// A new machine.
     pub fn new() -> Self {
         let config = SimConfig { steps_max: u64::MAX, ..SimConfig::new(1).calm() };
-        Self { sim: Sim::new(config) }
+        Self { sim: Sim::new(config), bitmap_images: BTreeMap::new() }
     }
 
-    fn run<F: Future + 'static>(&mut self, make: impl FnOnce(Core) -> F) -> F::Output
+    pub(super) fn run<F: Future + 'static>(&mut self, make: impl FnOnce(Core) -> F) -> F::Output
     where
         F::Output: 'static,
     {
@@ -127,6 +136,12 @@ impl Session {
                 drop(disk.format.close().await);
             }
         });
+    }
+
+    /// A specimen with changed bytes: checked, repaired, checked again and used.
+    pub fn qcow2_check_repair(&mut self, data: &[u8]) {
+        let data = data.to_vec();
+        self.run(|core| fuzz_repair::check_repair(core, data));
     }
 
     /// Options, changes of bytes, steps: an image is made, damaged, and used against the ledger.

@@ -10,6 +10,7 @@ mod damage;
 mod dirty;
 mod external;
 mod failures;
+mod fuzz_bitmaps;
 mod fuzz_packed;
 mod fuzz_repair;
 pub mod fuzzing;

@@ -1,0 +1,4 @@
+//! images whose bitmaps are overwritten: see `liveblk_formats::qcow2::fuzzing`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| liveblk_fuzz::run("bitmap_dir", data));
