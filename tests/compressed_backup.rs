@@ -123,7 +123,7 @@ fn a_target_that_cannot_compress_is_refused_in_the_peers_words() {
     sim.block_on(0, |core| async move {
         let d = image(&core, "d", "zlib").await;
         let raw = rig::node(&core, "r", "/raw").await;
-        let error = start_backup(backup(&d, &raw)).await.err().expect("is refused");
+        let error = start_backup(backup(&d, &raw)).await.expect_err("is refused");
         assert!(matches!(error, JobError::CompressionUnsupported));
         assert_eq!(error.to_string(), "Compression is not supported for this drive ");
         let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
