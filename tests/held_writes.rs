@@ -174,11 +174,7 @@ fn hold(case: &Case, seed: u64, point: HoldPoint, nth: u64) -> bool {
     drop((case.start)(&disk));
     sim.run_for(1_000_000);
     let met = hold.held() == 1;
-    let busy = disk.clone();
-    let beside = sim.block_on(0, |core| async move {
-        let inner = core.clone();
-        inner.spawn(Class::Guest, others(busy))
-    });
+    let beside = disk.core().spawn(Class::Guest, others(disk.clone()));
     // Those who need what is held wait for it; the rest goes on.
     sim.run_for(50_000_000);
     hold.release();
