@@ -254,7 +254,10 @@ impl Core {
         while self.operations_in_flight() > 0 {
             self.0.tasks.clear();
             let mut done = self.0.done.take();
-            self.0.driver.borrow_mut().turn(Wait::Until(None), &mut done);
+            // Only who is parked is woken: the end of a worker's operation comes by message.
+            let wait = if self.mailbox().park() { Wait::Until(None) } else { Wait::No };
+            self.0.driver.borrow_mut().turn(wait, &mut done);
+            self.mailbox().unpark();
             for completion in done.drain(..) {
                 self.complete(completion);
             }
