@@ -444,4 +444,22 @@ mod tests {
         bitmap.clear_range(GuestRange::new(65536, 100_000 - 65536));
         assert_eq!(bitmap.count(), 1);
     }
+
+    #[test]
+    fn bitmaps_with_the_same_granules_are_equal_whatever_way_they_were_filled() {
+        let run = GuestRange::new(0, 300 * 512);
+        let mut once = DirtyBitmap::new(1 << 20, 512);
+        once.set_range(run);
+        let mut twice = once.clone();
+        // counted twice, the run is too long for a sparse leaf
+        twice.set_range(run);
+        assert_eq!(once, twice);
+        assert_eq!(twice, once);
+        twice.clear_range(GuestRange::new(512, 512));
+        assert_ne!(once, twice);
+        twice.set_range(GuestRange::new(300 * 512, 512));
+        assert_eq!(once.count(), twice.count());
+        assert_ne!(once, twice);
+        assert_ne!(twice, once);
+    }
 }

@@ -17,7 +17,10 @@ const SPARSE_MAX: usize = 512;
 pub(super) type Run = std::ops::Range<u32>;
 
 /// The bits of one leaf.
-#[derive(Clone, Debug, Default, PartialEq)]
+///
+/// A leaf becomes dense at another count than it becomes sparse again, so equal bits may have
+/// different shapes: leaves are equal if their bits are.
+#[derive(Clone, Debug, Default)]
 pub(super) enum Leaf {
     /// No bit is set.
     #[default]
@@ -30,7 +33,25 @@ pub(super) enum Leaf {
     Full,
 }
 
+impl PartialEq for Leaf {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Dense { words, .. }, Self::Dense { words: others, .. }) => words == others,
+            (Self::Sparse(list), Self::Dense { .. }) => other.is_exactly(list),
+            (Self::Dense { .. }, Self::Sparse(list)) => self.is_exactly(list),
+            (Self::Sparse(list), Self::Sparse(others)) => list == others,
+            // an empty and a full leaf have one shape each
+            _ => self.count() == other.count(),
+        }
+    }
+}
+
 impl Leaf {
+    /// Whether the set bits are those of `list`.
+    fn is_exactly(&self, list: &[u16]) -> bool {
+        self.count() as usize == list.len() && list.iter().all(|bit| self.test(u32::from(*bit)))
+    }
+
     pub(super) fn count(&self) -> u32 {
         match self {
             Self::Empty => 0,
