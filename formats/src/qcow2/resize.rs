@@ -4,8 +4,9 @@
 //! clusters are taken and counted, everything dirty is written out, the new table is written,
 //! barrier, one sector of the header changes L1 size and offset, the old clusters are freed; (3)
 //! the last cluster's bytes behind the old end become zeroes, entries behind it that hide what the
-//! layers below hold or that are preallocated are made; (4) flush; (5) one sector of the header
-//! changes the size. Until (5) nobody can see what (3) made.
+//! layers below hold or that are preallocated are made (with a raw data file all are: what is in
+//! it shows, also after a cut); (4) flush; (5) one sector of the header changes the size. Until (5)
+//! nobody can see what (3) made.
 
 use std::rc::Rc;
 
@@ -14,6 +15,7 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::format::{Below, PackedCluster, Preallocation, Resize, ZeroMode};
 use liveblk_engine::{Error, ErrorKind, Result};
 
+use super::datafile::DataPlace;
 use super::entry::Entry;
 use super::freeze::Frozen;
 use super::image::Image;
@@ -77,9 +79,16 @@ impl Image {
             self.fit_data_file(to.size).await?;
         }
         self.hide(whole, hidden).await?;
-        if to.preallocation != Preallocation::Off {
-            self.preallocate(whole, to.size, to.preallocation).await?;
+        let raw = self.state.borrow().data_place == DataPlace::Raw;
+        match to.preallocation {
+            Preallocation::Off if !raw => {}
+            // All of a raw data file is mapped: what is in it shows, also after a cut.
+            Preallocation::Off => {
+                self.preallocate(whole, to.size, Preallocation::Metadata).await?;
+            }
+            mode => self.preallocate(whole, to.size, mode).await?,
         }
+        self.fit_data_file(to.size).await?;
         Rc::clone(self).flush().await?;
         self.update_header(|header| {
             header.size = to.size;

@@ -13,6 +13,7 @@ use std::rc::Rc;
 use super::file::{Content, Covered, SimFile};
 use super::pages::PAGE;
 use super::rng::Rng;
+use crate::storage::Memory;
 
 /// How a simulated file system behaves.
 #[derive(Clone, Debug)]
@@ -120,6 +121,13 @@ impl SimFs {
         let mut bytes = vec![0; usize::try_from(content.size).ok()?];
         content.pages.read(0, &mut bytes);
         Some(bytes)
+    }
+
+    /// The file as it is now, as memory; its pages are shared until somebody writes.
+    pub fn memory(&self, path: impl AsRef<Path>) -> Option<Rc<Memory>> {
+        let state = self.0.borrow();
+        let content = &state.file(path.as_ref())?.live;
+        Some(Memory::from_pages(content.pages.all(), content.size))
     }
 
     /// Bytes of the file at `offset`; zeroes beyond its end. False if there is no such file.
