@@ -93,7 +93,10 @@ fn refcounts(bytes: &[u8], order: u64) -> Counts {
     let mut found = Counts::new();
     for index in 0..entries {
         let block = (long(bytes, table + index * 8) & !511) as usize;
-        for at in (0..per_block).filter(|_| block != 0) {
+        if block == 0 {
+            continue;
+        }
+        for at in 0..per_block {
             let count = if bits < 8 {
                 let byte = bytes[block + at * bits / 8];
                 u128::from(byte >> (at * bits % 8)) & ((1 << bits) - 1)
