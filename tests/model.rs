@@ -12,8 +12,6 @@
 //! `LIVEBLK_SECONDS=N` bounds the time; without it a run that does not get to its last seed has
 //! failed.
 
-#[path = "model/changes.rs"]
-mod changes;
 #[path = "model/guest.rs"]
 mod guest;
 #[path = "model/images.rs"]

@@ -92,14 +92,6 @@ impl Ledger {
         self.blocks.borrow().len()
     }
 
-    /// The disk has `blocks` further blocks of zeroes.
-    pub(crate) fn grow(&self, blocks: usize) {
-        self.clock.tick();
-        let mut all = self.blocks.borrow_mut();
-        let len = all.len() + blocks;
-        all.resize(len, vec![0]);
-    }
-
     /// A change of blocks `first..first + count` to `value` begins.
     pub(crate) fn begin(&self, value: Value, first: usize, count: usize) -> ChangeId {
         let begin = self.clock.tick();
@@ -278,11 +270,6 @@ impl Ledger {
 
     /// Judges what a power cut left now.
     pub(crate) fn survived(&self, values: &[Value]) -> Result<(), String> {
-        let (kept, new) = values.split_at_checked(self.len()).unwrap_or((values, &[]));
-        if kept.len() < self.len() || new.iter().any(|value| *value != 0) {
-            return Err(format!("a disk of {} blocks has {} now", self.len(), values.len()));
-        }
-        let values = kept;
         for (block, value) in values.iter().enumerate() {
             let floor = self.floor_of(block, |change| change.sure && change.durable);
             if self.earliest(block, *value, floor, NEVER).is_none() {

@@ -11,7 +11,6 @@ use liveblk::jobs::{
 };
 use liveblk::{BackingSource, ErrorKind, Job, Status};
 
-use super::changes;
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
 use super::ledger::{Tick, Window};
@@ -52,9 +51,7 @@ pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
 
 async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let deep = world.chain(index).len() >= LAYERS_MAX;
-    match rng.below(14) {
-        12 => changes::grow(world, index, rng).await,
-        13 => changes::internal(world, index, rng).await,
+    match rng.below(12) {
         _ if deep => mirror(world, index, rng, Ending::Complete).await,
         0..3 => backup(world, index, rng, 0).await,
         3..6 => mirror(world, index, rng, Ending::Complete).await,
@@ -87,10 +84,7 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
     let top = chain.pop()?;
     let below = world.disks[index].disk.node().backing()?;
     let name = world.name("target");
-    drop(top);
-    let size = world.disks[index].disk.size();
-    let qcow2 = Some(Qcow2::random(rng, chain.is_empty()));
-    let image = Rc::new(Image { name, size, qcow2 });
+    let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
     world.make(&image, chain.last()).await;
     let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
     let mut spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
@@ -103,7 +97,7 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
 /// A target without a backing file.
 pub(crate) async fn target(world: &World, index: usize, what: &str, rng: &mut Rng) -> Target {
     let size = world.disks[index].disk.size();
-    let qcow2 = rng.chance(800).then(|| Qcow2::random(rng, true));
+    let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
     let image = Rc::new(Image { name: world.name(what), size, qcow2 });
     world.make(&image, None).await;
     let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
@@ -145,7 +139,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
         target: Rc::clone(&node),
         sync: SyncMode::Full,
         allow_larger_target: false,
-        compress: node.can_compress() && rng.chance(300),
+        compress: false,
     };
     let id = spec.job.id.clone();
     let from = world.clock.tick();

@@ -2,7 +2,6 @@
 
 use std::rc::Rc;
 
-use liveblk::engine::buf::Pool;
 use liveblk::engine::driver::sim::{FaultRule, OpFilter, Rng, Sim, SimOpKind};
 
 use super::judge;
@@ -52,9 +51,7 @@ impl Settings {
 /// If something is wrong.
 pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
     let plan = Plan::new(seed);
-    // All worlds of a seed take their buffers from here: what is not filled shows foreign bytes.
-    let pool = Pool::new();
-    let mut setup = Start::new(plan.clone(), &pool);
+    let mut setup = Start::new(plan.clone());
     #[cfg(feature = "planted-bugs")]
     if let Some(bug) = settings.planted {
         liveblk::engine::planted::plant(&setup.sim.core(0), bug);
@@ -136,7 +133,7 @@ fn look(sim: &Sim, world: &World, number: u64, outcome: &mut Outcome, ask_peer: 
             agreed.unwrap_or_else(|wrong| panic!("after power cut {cut}: {wrong}"));
             outcome.peer += 1;
         }
-        let judged = judge::power_cut(world, fs, cut, sim.core(0).pool());
+        let judged = judge::power_cut(world, fs, cut);
         judged.unwrap_or_else(|wrong| panic!("after power cut {cut}: {wrong}"));
         outcome.cuts += 1;
     }

@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use liveblk::engine::buf::Pool;
 use liveblk::engine::driver::sim::{Rng, Sim, SimConfig, SimFs, SimOpKind};
 use liveblk::engine::executor::sync::Semaphore;
 use liveblk::engine::executor::{Class, Core};
@@ -74,23 +73,6 @@ pub(crate) struct Kept {
     pub(crate) window: Window,
 }
 
-/// A snapshot inside an image: the disk as it was at one moment within `window`.
-#[derive(Clone, Debug)]
-pub(crate) struct Internal {
-    pub(crate) disk: usize,
-    /// The chain whose last image has it.
-    pub(crate) chain: Chain,
-    pub(crate) name: String,
-    pub(crate) window: Window,
-}
-
-impl Internal {
-    /// Whether it is in this image.
-    pub(crate) fn is_in(&self, image: &Rc<Image>) -> bool {
-        self.chain.last().is_some_and(|top| Rc::ptr_eq(top, image))
-    }
-}
-
 /// Steps after which a world counts as hanging; a usual one takes 50,000.
 const STEPS_MAX: u64 = 2_000_000;
 
@@ -115,8 +97,6 @@ pub(crate) struct World {
     pub(crate) clock: Rc<Clock>,
     pub(crate) disks: Vec<DiskState>,
     pub(crate) kept: RefCell<Vec<Kept>>,
-    /// Snapshots inside images, in the order of their making.
-    pub(crate) internal: RefCell<Vec<Internal>>,
     /// Images that exist and must be free of corruptions whenever the power is cut.
     pub(crate) images: RefCell<Vec<Rc<Image>>>,
     pub(crate) next_name: Cell<u32>,
@@ -160,11 +140,6 @@ impl Plan {
         Self { seed, requests, depth, disks, cuts, full, fault_at, broken_at }
     }
 
-    /// Whether nothing fails.
-    pub(crate) fn is_peaceful(&self) -> bool {
-        self.full.is_none() && self.fault_at.is_none() && self.broken_at.is_none()
-    }
-
     /// What happens, by the number of requests made before.
     pub(crate) fn happenings(&self) -> Vec<(u32, Happening)> {
         let cuts = (0..).zip(&self.cuts);
@@ -195,7 +170,7 @@ impl DiskPlan {
         let mut chain = Chain::new();
         for layer in 0..layers {
             let raw = layer == 0 && rng.chance(if layers == 1 { 50 } else { 300 });
-            let qcow2 = (!raw).then(|| Qcow2::random(rng, layer == 0));
+            let qcow2 = (!raw).then(|| Qcow2::random(rng));
             let shorter = layer + 1 < layers && rng.chance(100);
             let size = if shorter { size / 2 / BLOCK as u64 * BLOCK as u64 } else { size };
             let name = format!("disk{disk}-{layer}.img");
@@ -263,13 +238,13 @@ pub(crate) struct Start {
 
 impl Start {
     /// Makes the disks of `plan`.
-    pub(crate) fn new(plan: Plan, pool: &Pool) -> Self {
+    pub(crate) fn new(plan: Plan) -> Self {
         let clock = Rc::new(Clock::default());
         let ledgers: Vec<_> =
             plan.disks.iter().map(|disk| Ledger::new(&clock, disk.blocks())).collect();
-        let fs = Self::make_images(&plan, &clock, &ledgers, pool);
+        let fs = Self::make_images(&plan, &clock, &ledgers);
         let config = SimConfig { steps_max: STEPS_MAX, ..SimConfig::new(plan.seed) };
-        let sim = Sim::with_pool(config, fs, pool.clone());
+        let sim = Sim::with_fs(config, fs);
         Self { sim, plan, clock, ledgers }
     }
 
@@ -280,10 +255,8 @@ impl Start {
         self.sim.block_on(0, |core| World::open(core, plan, clock, ledgers))
     }
 
-    fn make_images(plan: &Plan, clock: &Rc<Clock>, ledgers: &[Rc<Ledger>], pool: &Pool) -> SimFs {
-        let config = SimConfig::new(plan.seed).calm();
-        let fs = SimFs::new(config.fs.clone());
-        let mut sim = Sim::with_pool(config, fs, pool.clone());
+    fn make_images(plan: &Plan, clock: &Rc<Clock>, ledgers: &[Rc<Ledger>]) -> SimFs {
+        let mut sim = Sim::new(SimConfig::new(plan.seed).calm());
         for (index, (disk, ledger)) in plan.disks.iter().zip(ledgers).enumerate() {
             let rng = Rng::new(plan.seed ^ (index as u64 + 1) << 40);
             let (disk, ledger, clock) = (disk.clone(), Rc::clone(ledger), Rc::clone(clock));
@@ -319,7 +292,6 @@ impl World {
             clock,
             disks,
             kept: RefCell::default(),
-            internal: RefCell::default(),
             images: RefCell::new(images),
             next_name: Cell::new(0),
             requests: Cell::new(0),
@@ -393,10 +365,7 @@ impl World {
             match image.create(&self.core, backing.map(|image| &**image)).await {
                 Ok(()) => break,
                 Err(error) if self.is_planned(&error) => {
-                    for path in image.paths() {
-                        // The second of two files may not have been made.
-                        let _ = unlink(&self.core, path.as_ref()).await;
-                    }
+                    unlink(&self.core, image.path().as_ref()).await.expect("a file is removed");
                     self.core.sleep(200_000).await;
                 }
                 Err(error) => panic!("no new image: {error}"),
