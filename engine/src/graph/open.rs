@@ -150,7 +150,7 @@ impl Graph {
                 Ok(node) => return Ok(node),
                 Err((linked, error)) => {
                     if let Some(linked) = linked {
-                        self.remove_unused(&linked).await?;
+                        self.remove_if_unused(&linked).await?;
                     }
                     error
                 }
@@ -161,7 +161,7 @@ impl Graph {
             // The first error is the one to report; closing a fresh image loses nothing.
             let _ = level.format.close().await;
             for file in level.file.into_iter().chain(level.data) {
-                let _ = self.remove_unused(&file).await;
+                let _ = self.remove_if_unused(&file).await;
             }
         }
         Err(error)
@@ -287,7 +287,7 @@ impl Graph {
             Err(error) => {
                 for file in file.iter().chain(&data) {
                     // The first error is the one to report.
-                    let _ = self.remove_unused(file).await;
+                    let _ = self.remove_if_unused(file).await;
                 }
                 Err(error)
             }
@@ -501,13 +501,6 @@ impl Graph {
         let node = Node::new(self.core(), parts);
         self.insert(&node, uses);
         node
-    }
-
-    async fn remove_unused(&self, node: &Rc<Node>) -> Result<()> {
-        if node.is_monitor_owned() || !node.users().is_empty() {
-            return Ok(());
-        }
-        self.remove(node).await
     }
 }
 

@@ -189,6 +189,13 @@ impl Graph {
         self.nodes.borrow_mut().insert(node.id(), entry);
     }
 
+    /// Gives the uses that node `id` has of its children to `change`.
+    pub(super) fn with_children(&self, id: NodeId, change: impl FnOnce(&mut Vec<UserGuard>)) {
+        if let Some(entry) = self.nodes.borrow_mut().get_mut(&id) {
+            change(&mut entry.children);
+        }
+    }
+
     /// Closes a node and the unnamed children that nobody else uses.
     ///
     /// # Errors
@@ -291,7 +298,8 @@ impl Graph {
             }
             None => None,
         };
-        overlay.link_backing(base.cloned());
+        let mut old = vec![overlay.link_backing(base.cloned())];
+        self.recompile_above(overlay, &mut old);
         let mut nodes = self.nodes.borrow_mut();
         let entry = nodes
             .get_mut(&overlay.id())

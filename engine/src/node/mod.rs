@@ -15,6 +15,7 @@
 
 mod attachment;
 mod chain;
+mod fill;
 mod gate;
 mod hooks;
 mod map;
@@ -27,6 +28,7 @@ mod resize;
 mod status;
 mod transfer;
 mod users;
+mod writers;
 
 pub use attachment::Disk;
 pub use chain::ChainStats;
@@ -36,6 +38,8 @@ pub use object::{Node, NodeId, NodeOptions};
 pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
 pub use status::{StatusExtent, StatusKind};
 pub use users::{Conflict, Permissions, Role, User, UserGuard};
+pub use writers::KeptWritable;
 
 pub(crate) use object::NodeParts;
+pub(crate) use path::Path;
 pub(crate) use plain::Plain;

@@ -74,8 +74,9 @@ impl Image {
         let within = (slice % self.geometry.l2_slices()) * self.geometry.slice_bytes();
         let bytes = self.read_slice(host + within).await?;
         self.make_room(State::make_l2_room).await;
-        // The table may have moved meanwhile; then the caller misses again.
-        if table() == Some(host) {
+        // The table may have moved meanwhile; then the caller misses again. An image that became
+        // writable while this was read has the slice already, maybe changed.
+        if table() == Some(host) && !self.state.borrow().l2.contains(slice) {
             let mut state = self.state.borrow_mut();
             state.note_mapped(&bytes);
             state.l2.insert(slice, bytes);
@@ -92,7 +93,10 @@ impl Image {
         let within = (slice % self.geometry.block_slices()) * self.geometry.slice_bytes();
         let bytes = self.read_slice(host + within).await?;
         self.make_room(State::make_ref_room).await;
-        self.state.borrow_mut().refs.insert(slice, bytes);
+        let mut state = self.state.borrow_mut();
+        if !state.refs.contains(slice) {
+            state.refs.insert(slice, bytes);
+        }
         Ok(())
     }
 
