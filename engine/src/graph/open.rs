@@ -14,7 +14,9 @@ use super::registry::{Graph, GraphConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DataSource, Driver, Format, FormatOptions, OpenImage, ResolvedReference};
 use crate::limits::CHAIN_DEPTH;
-use crate::node::{Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard};
+use crate::node::{
+    LoadedBitmap, Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard,
+};
 use crate::storage::{File, FileOptions, LockRequest, Storage};
 
 /// A file to be opened as a protocol node.
@@ -83,6 +85,9 @@ pub struct OpenNode {
     pub monitor_owned: bool,
     /// Options of the format by their QMP names.
     pub format_options: FormatOptions,
+    /// Whether the node takes over the dirty bitmaps that the image holds (otherwise the format
+    /// goes on with them).
+    pub bitmaps: bool,
     /// For raw: the first byte of the disk in the file.
     pub raw_offset: u64,
     /// For raw: bytes of the disk.
@@ -105,6 +110,7 @@ impl OpenNode {
             options: NodeOptions::default(),
             monitor_owned: false,
             format_options: FormatOptions::new(),
+            bitmaps: true,
             raw_offset: 0,
             raw_size: None,
         }
@@ -131,6 +137,8 @@ struct Level {
     /// The node of the external data file.
     data: Option<Rc<Node>>,
     format: Rc<dyn Format>,
+    /// The dirty bitmaps that the file holds.
+    bitmaps: Vec<LoadedBitmap>,
     filename: PathBuf,
 }
 
@@ -231,6 +239,7 @@ impl Graph {
         });
         spec.writable = false;
         spec.force_share = overlay.force_share;
+        spec.bitmaps = overlay.bitmaps;
         spec.options = overlay.options.clone();
         Ok(spec)
     }
@@ -283,7 +292,10 @@ impl Graph {
             seen.push(data.identity());
         }
         match opened {
-            Ok((name, format)) => Ok(Level { spec, name, file, data, format, filename }),
+            Ok((name, format)) => {
+                let bitmaps = if spec.bitmaps { load_bitmaps(&format).await } else { Vec::new() };
+                Ok(Level { spec, name, file, data, format, bitmaps, filename })
+            }
             Err(error) => {
                 for file in file.iter().chain(&data) {
                     // The first error is the one to report.
@@ -499,9 +511,32 @@ impl Graph {
             backing,
         };
         let node = Node::new(self.core(), parts);
+        node.adopt_bitmaps(level.bitmaps);
         self.insert(&node, uses);
         node
     }
+}
+
+/// The bitmaps that an image holds. One that cannot be read is inconsistent: it keeps nobody from
+/// the disk.
+async fn load_bitmaps(format: &Rc<dyn Format>) -> Vec<LoadedBitmap> {
+    let Some(file) = format.abilities().bitmaps else { return Vec::new() };
+    let mut loaded = Vec::new();
+    for info in file.list() {
+        let bits = match info.inconsistent {
+            true => None,
+            false => match file.load(&info.name).await {
+                Ok(bits) => Some(bits),
+                Err(error) => {
+                    tracing::warn!(bitmap = info.name, %error, "a bitmap cannot be read");
+                    None
+                }
+            },
+        };
+        let (name, granularity, enabled) = (info.name, info.granularity, info.enabled);
+        loaded.push(LoadedBitmap { name, granularity, enabled, bits });
+    }
+    loaded
 }
 
 fn spec_file(spec: &OpenNode) -> String {

@@ -8,12 +8,16 @@
 //! 4. pre-hooks (copy-before-write, durable intent), which may wait;
 //! 5. data: copy-on-write fill and the bytes themselves;
 //! 6. mapping: the format's guard is completed;
-//! 7. post-hooks (dirty bits), synchronous, also after a failure;
+//! 7. post-hooks and named dirty bitmaps, synchronous, also after a failure;
 //! 8. claim released, answer.
 //!
 //! A request is a task of its node: callers hold a receipt, and dropping it cancels nothing.
 
 mod attachment;
+mod bitmap_error;
+mod bitmap_hold;
+mod bitmap_verbs;
+mod bitmaps;
 mod chain;
 mod fill;
 mod gate;
@@ -31,6 +35,10 @@ mod users;
 mod writers;
 
 pub use attachment::Disk;
+pub use bitmap_error::BitmapError;
+pub use bitmap_hold::BitmapHold;
+pub use bitmap_verbs::BitmapSources;
+pub use bitmaps::{BitmapAccess, BitmapFacts, NewBitmap, NodeBitmap};
 pub use chain::ChainStats;
 pub use hooks::{HookId, WriteHook};
 pub use map::MapExtent;
@@ -40,6 +48,7 @@ pub use status::{StatusExtent, StatusKind};
 pub use users::{Conflict, Permissions, Role, User, UserGuard};
 pub use writers::KeptWritable;
 
+pub(crate) use bitmaps::LoadedBitmap;
 pub(crate) use object::NodeParts;
 pub(crate) use path::Path;
 pub(crate) use plain::Plain;

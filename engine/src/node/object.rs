@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
 use super::attachment::Attachment;
+use super::bitmaps::NodeBitmaps;
 use super::chain::{ChainStats, LayerState};
 use super::gate::Gate;
 use super::hooks::{HookId, Hooks, WriteHook};
@@ -70,6 +71,7 @@ pub struct Node {
     pub(super) gate: Rc<Gate>,
     pub(super) claims: Rc<RangeLocks>,
     pub(super) hooks: Hooks,
+    pub(super) bitmaps: NodeBitmaps,
     pub(super) users: Users,
     pub(super) attachments: RefCell<Vec<Weak<Attachment>>>,
 }
@@ -97,6 +99,7 @@ impl Node {
             gate: Gate::new(core),
             claims: RangeLocks::new(core),
             hooks: Hooks::new(),
+            bitmaps: NodeBitmaps::default(),
             users: Users::default(),
             attachments: RefCell::default(),
         })

@@ -157,6 +157,7 @@ pub(super) fn start_write(
         for (_, hook) in hooks.iter() {
             hook.after_write(range);
         }
+        node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
         if flags.fua && !in_place {
@@ -201,6 +202,7 @@ pub(super) fn start_zero(
         for (_, hook) in hooks.iter() {
             hook.after_write(range);
         }
+        node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
         if flags.fua {

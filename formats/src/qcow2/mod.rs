@@ -21,6 +21,7 @@ mod bitmap_change;
 mod bitmap_dir;
 mod bitmap_reason;
 mod bitmap_resize;
+mod bitmap_store;
 mod bitmap_table;
 mod bitmap_track;
 mod cache;

@@ -33,6 +33,7 @@ pub(crate) async fn open(host: &Host, file: &str, wanted: Wanted<'_>) -> Result<
     let mut spec = OpenNode::new(&format, file);
     spec.writable = wanted.writable;
     spec.force_share = wanted.shared && !wanted.writable;
+    spec.bitmaps = false;
     spec.options.direct = wanted.direct;
     spec.options.discard_unmap = true;
     spec.monitor_owned = true;
