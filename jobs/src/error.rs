@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use crate::chain_error::ChainError;
 use crate::lifecycle::{Status, Verb};
 
 /// Result of job operations.
@@ -138,6 +139,8 @@ pub enum JobError {
     },
     /// A job of this transaction was cancelled, or this one was.
     Cancelled,
+    /// A rule of stream or commit was broken.
+    Chain(ChainError),
     /// The engine refused or failed.
     Engine(liveblk_engine::Error),
 }
@@ -256,6 +259,7 @@ impl fmt::Display for JobError {
                 "Action '{action}' does not support transaction property completion-mode = grouped"
             ),
             Self::Cancelled => f.write_str("Operation canceled"),
+            Self::Chain(error) => error.fmt(f),
             Self::Engine(error) => error.fmt(f),
         }
     }
@@ -300,6 +304,12 @@ impl StdError for JobError {
 impl From<liveblk_engine::Error> for JobError {
     fn from(error: liveblk_engine::Error) -> Self {
         Self::Engine(error)
+    }
+}
+
+impl From<ChainError> for JobError {
+    fn from(error: ChainError) -> Self {
+        Self::Chain(error)
     }
 }
 

@@ -4,7 +4,7 @@
 //! - [`lifecycle`], [`rate`], [`progress`], [`region`]: pure parts;
 //! - [`event`], [`error`], [`spec`], [`limits`]: what goes in and out;
 //! - `copy`: the one copy loop;
-//! - [`mirror`], [`backup`]: jobs, policy over that loop;
+//! - [`mirror`], [`backup`], [`stream`], [`commit`]: jobs, policy over that loop;
 //! - [`snapshot`], [`transaction`]: changes of the graph, atomic over disks and cores;
 //! - [`manager`]: ids, verbs, queries, how jobs end together.
 //!
@@ -14,6 +14,10 @@
 
 pub mod amend;
 pub mod backup;
+mod chain;
+mod chain_error;
+pub mod commit;
+mod commit_active;
 mod copy;
 pub mod error;
 pub mod event;
@@ -28,11 +32,14 @@ pub mod region;
 pub mod snapshot;
 pub mod spec;
 mod start;
+pub mod stream;
 pub mod transaction;
 mod txn;
 
 pub use amend::{Amendment, start_amend};
 pub use backup::start_backup;
+pub use chain_error::ChainError;
+pub use commit::{CommitSpec, start_commit};
 pub use error::{JobError, SnapshotError};
 pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};
 pub use job::Job;
@@ -41,5 +48,6 @@ pub use manager::JobManager;
 pub use mirror::start_mirror;
 pub use snapshot::{NewImageMode, SnapshotFile};
 pub use spec::{BackupSpec, CopyMode, JobOptions, MirrorSpec, OnError, SyncMode};
+pub use stream::{StreamSpec, StreamTo, start_stream};
 pub use transaction::{Action, BackupAction, CompletionMode, snapshot_file, transaction};
 pub use txn::JobTxn;

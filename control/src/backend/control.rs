@@ -79,6 +79,8 @@ impl Control {
             Command::BlockdevDel { node_name } => self.remove_node(&node_name).await?,
             Command::BlockdevMirror(mirror) => self.mirror(*mirror).await?,
             Command::BlockdevBackup(backup) => self.backup(*backup).await?,
+            Command::BlockStream(stream) => self.stream(*stream).await?,
+            Command::BlockCommit(commit) => self.commit(*commit).await?,
             Command::BlockdevAmend(amend) => self.amend(&amend)?,
             Command::BlockdevSnapshot(snapshot) => self.snapshot(snapshot).await?,
             Command::BlockdevSnapshotSync(snapshot) => self.snapshot_sync(snapshot).await?,

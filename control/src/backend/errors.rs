@@ -5,7 +5,7 @@
 
 use liveblk_engine::{Error, ErrorKind};
 use liveblk_exports::ExportError;
-use liveblk_jobs::JobError;
+use liveblk_jobs::{ChainError, JobError};
 
 use crate::qmp::{ErrorClass, QmpError};
 
@@ -72,6 +72,10 @@ impl From<JobError> for Failure {
             JobError::BlockJobNotFound { .. } => {
                 let desc = error.to_string();
                 Self { class: ErrorClass::DeviceNotActive, desc, hint: None }
+            }
+            JobError::Chain(ChainError::DeviceNotFound(_)) => {
+                let desc = error.to_string();
+                Self { class: ErrorClass::DeviceNotFound, desc, hint: None }
             }
             JobError::Engine(error) => error.into(),
             other => Self::generic(other.to_string()),

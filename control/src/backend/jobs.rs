@@ -240,7 +240,8 @@ fn sync_mode(mode: schema::SyncMode) -> SyncMode {
     }
 }
 
-fn on_error(policy: schema::OnError) -> OnError {
+/// The policy as jobs know it.
+pub(super) fn on_error(policy: schema::OnError) -> OnError {
     match policy {
         schema::OnError::Report => OnError::Report,
         schema::OnError::Ignore => OnError::Ignore,

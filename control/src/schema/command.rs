@@ -4,9 +4,9 @@
 //! the argument check. Does not: hold commands that the front-end answers itself.
 
 use super::{
-    BlockExportAdd, BlockExportDel, BlockJobChange, BlockdevAmend, BlockdevBackup, BlockdevMirror,
-    BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync, NbdServerOptions, ObjectAdd,
-    Transaction,
+    BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange, BlockStream, BlockdevAmend,
+    BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync,
+    NbdServerOptions, ObjectAdd, Transaction,
 };
 
 /// What can be asked of a job without further arguments.
@@ -91,6 +91,10 @@ pub enum Command {
     BlockdevMirror(Box<BlockdevMirror>),
     /// `blockdev-backup`.
     BlockdevBackup(Box<BlockdevBackup>),
+    /// `block-stream`.
+    BlockStream(Box<BlockStream>),
+    /// `block-commit`.
+    BlockCommit(Box<BlockCommit>),
     /// `x-blockdev-amend`.
     BlockdevAmend(BlockdevAmend),
     /// `blockdev-snapshot`.

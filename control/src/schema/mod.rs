@@ -9,6 +9,7 @@ mod amend;
 mod answers;
 mod arguments;
 mod blockdev;
+mod chains;
 mod command;
 mod exports;
 mod introspect;
@@ -23,6 +24,7 @@ pub use blockdev::{
     AioMode, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard, DriverOptions,
     FileOptions, NodeOptions, OnOffAuto, Qcow2Options, RawOptions,
 };
+pub use chains::{BlockCommit, BlockStream, ChainJob};
 pub use command::{Command, JobVerb};
 pub use exports::{
     BitmapRef, BlockExportAdd, BlockExportDel, ExportKind, ExportRemoveMode, InetAddress,

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::command::{Command, JobVerb};
 use super::types::{EMPTY, ObjectType, Type};
-use super::{amend, answers, arguments, blockdev, exports, introspect, jobs, transaction};
+use super::{amend, answers, arguments, blockdev, chains, exports, introspect, jobs, transaction};
 use crate::qmp::version_info;
 
 /// A command.
@@ -175,6 +175,18 @@ pub static COMMANDS: &[CommandEntry] = &[
         &jobs::CHANGE,
         NOTHING,
         Run::Execute(|value| Ok(Command::BlockJobChange(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "block-stream",
+        &chains::STREAM,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockStream(Box::deserialize(value)?))),
+    ),
+    command(
+        "block-commit",
+        &chains::COMMIT,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockCommit(Box::deserialize(value)?))),
     ),
     command(
         "blockdev-mirror",

@@ -212,7 +212,13 @@ impl Graph {
     /// `Busy` with the text that says what uses it.
     pub fn check_removable(&self, node: &Node) -> Result<()> {
         let name = node.name().to_string();
-        let Some(user) = node.users().into_iter().next() else { return Ok(()) };
+        // Guests are told first, then jobs, as the peer does.
+        let rank = |user: &User| match user {
+            User::Guest { .. } => 0,
+            User::Job { .. } => 1,
+            _ => 2,
+        };
+        let Some(user) = node.users().into_iter().min_by_key(rank) else { return Ok(()) };
         Err(match user {
             User::Guest { .. } => GraphError::InUse(name),
             User::Overlay { node: parent } => {

@@ -10,7 +10,7 @@ use std::rc::{Rc, Weak};
 use super::registry::Graph;
 use crate::error::Result;
 use crate::executor::sync::Notify;
-use crate::node::{Node, Path, Permissions, User};
+use crate::node::{Node, Path, Permissions, User, UserGuard};
 
 /// Old paths that requests may still be on.
 #[must_use = "what was dropped may be closed only after `gone`"]
@@ -45,6 +45,23 @@ impl Graph {
         self.nodes().into_iter().filter(is_overlay).collect()
     }
 
+    /// Whether nobody reads or writes through `node`: it has no users, or only such overlays.
+    pub fn is_idle(&self, node: &Node) -> bool {
+        node.users().iter().all(|user| match user {
+            User::Overlay { node } => self.find(node).is_ok_and(|above| self.is_idle(&above)),
+            _ => false,
+        })
+    }
+
+    /// The use that `overlay` will have of `base`, taken ahead of [`Graph::relink`].
+    ///
+    /// # Errors
+    /// `Busy` if a user of `base` excludes it.
+    pub fn use_as_backing(&self, overlay: &Node, base: &Rc<Node>) -> Result<UserGuard> {
+        let user = User::Overlay { node: overlay.name() };
+        Node::use_unseen(base, user, Permissions::of_overlay())
+    }
+
     /// Puts `base` below each of `overlays` instead of what lies there now.
     ///
     /// # Errors
@@ -52,9 +69,7 @@ impl Graph {
     pub fn relink(&self, overlays: &[Rc<Node>], base: Option<&Rc<Node>>) -> Result<Retired> {
         let mut uses = Vec::new();
         for overlay in overlays {
-            let user = User::Overlay { node: overlay.name() };
-            let with = Permissions::of_overlay();
-            uses.push(base.map(|base| Node::use_by(base, user, with)).transpose()?);
+            uses.push(base.map(|base| self.use_as_backing(overlay, base)).transpose()?);
         }
         let mut old = Vec::new();
         for (overlay, new_use) in overlays.iter().zip(uses) {
@@ -87,7 +102,7 @@ impl Graph {
         }
     }
 
-    fn replace_backing_use(&self, overlay: &Node, new_use: Option<crate::node::UserGuard>) {
+    fn replace_backing_use(&self, overlay: &Node, new_use: Option<UserGuard>) {
         let old = overlay.backing();
         self.with_children(overlay.id(), |children| {
             if let Some(old) = &old {

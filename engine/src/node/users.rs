@@ -203,6 +203,18 @@ impl Node {
             let source = GraphError::Stale(node.name().to_string());
             return Err(Error::new(ErrorKind::Busy, "use").with_source(source));
         }
+        Self::use_unseen(node, user, permissions)
+    }
+
+    /// Admits a user who vouches that what the node lost its meaning by does not show through it.
+    ///
+    /// # Errors
+    /// `Busy` with a [`Conflict`] if another user excludes it.
+    pub(crate) fn use_unseen(
+        node: &Rc<Self>,
+        user: User,
+        permissions: Permissions,
+    ) -> Result<UserGuard> {
         if let Some(conflict) = conflict(node, &user, permissions) {
             return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
         }

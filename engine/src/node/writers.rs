@@ -37,6 +37,13 @@ impl Node {
     }
 }
 
+impl Node {
+    /// The users of `other` are about to come here: what they asked of it holds for this node.
+    pub fn succeed(&self, other: &Self) {
+        self.asked_writable.set(other.asked_writable.get());
+    }
+}
+
 impl KeptWritable {
     /// Lets the node become what its users asked for.
     ///
