@@ -193,6 +193,45 @@ pub enum SnapshotError {
         /// Why.
         source: liveblk_engine::Error,
     },
+    /// Internal: the node cannot be written.
+    ReadOnly {
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: the format holds no snapshots.
+    InternalUnsupported {
+        /// The format.
+        format: Box<str>,
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: the name is empty.
+    EmptyName,
+    /// Internal: the name is taken.
+    InternalExists {
+        /// The name.
+        name: Box<str>,
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: there is no such snapshot.
+    InternalMissing {
+        /// The id asked for, or `null`.
+        id: Box<str>,
+        /// The name asked for, or `null`.
+        name: Box<str>,
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: the image did not take it.
+    Internal {
+        /// The name.
+        name: Box<str>,
+        /// The node.
+        device: Box<str>,
+        /// Why.
+        source: liveblk_engine::Error,
+    },
 }
 
 impl fmt::Display for JobError {
@@ -286,6 +325,27 @@ impl fmt::Display for SnapshotError {
                 Some(detail) => write!(f, "Could not create '{path}': {detail}"),
                 None => write!(f, "Could not create '{path}': {}", source.kind()),
             },
+            Self::ReadOnly { device } => write!(f, "Device '{device}' is read only"),
+            Self::InternalUnsupported { format, device } => write!(
+                f,
+                "Block format '{format}' used by device '{device}' does not support internal \
+                 snapshots"
+            ),
+            Self::EmptyName => f.write_str("Name is empty"),
+            Self::InternalExists { name, device } => {
+                write!(f, "Snapshot with name '{name}' already exists on device '{device}'")
+            }
+            Self::InternalMissing { id, name, device } => write!(
+                f,
+                "Snapshot with id '{id}' and name '{name}' does not exist on device '{device}'"
+            ),
+            Self::Internal { name, device, source } => write!(
+                f,
+                "Failed to create snapshot '{name}' on device '{device}': {}",
+                source
+                    .detail()
+                    .map_or_else(|| source.kind().to_string(), |detail| detail.to_string())
+            ),
         }
     }
 }
@@ -293,9 +353,11 @@ impl fmt::Display for SnapshotError {
 impl StdError for JobError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
-            Self::Engine(error) | Self::Snapshot(SnapshotError::File { source: error, .. }) => {
-                Some(error)
-            }
+            Self::Engine(error)
+            | Self::Snapshot(
+                SnapshotError::File { source: error, .. }
+                | SnapshotError::Internal { source: error, .. },
+            ) => Some(error),
             _ => None,
         }
     }

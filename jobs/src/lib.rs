@@ -5,7 +5,7 @@
 //! - [`event`], [`error`], [`spec`], [`limits`]: what goes in and out;
 //! - `copy`: the one copy loop;
 //! - [`mirror`], [`backup`], [`stream`], [`commit`]: jobs, policy over that loop;
-//! - [`snapshot`], [`transaction`]: changes of the graph, atomic over disks and cores;
+//! - [`snapshot`], [`internal`], [`transaction`]: changes of the graph, atomic over disks and cores;
 //! - [`manager`]: ids, verbs, queries, how jobs end together.
 //!
 //! Knows neither QMP nor formats; everything stays on the core of the source.
@@ -21,6 +21,7 @@ mod commit_active;
 mod copy;
 pub mod error;
 pub mod event;
+pub mod internal;
 mod job;
 pub mod lifecycle;
 pub mod limits;
@@ -42,6 +43,7 @@ pub use chain_error::ChainError;
 pub use commit::{CommitSpec, start_commit};
 pub use error::{JobError, SnapshotError};
 pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};
+pub use internal::{InternalSnapshot, delete_internal_snapshot};
 pub use job::Job;
 pub use lifecycle::{Status, Verb};
 pub use manager::JobManager;

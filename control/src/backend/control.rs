@@ -84,6 +84,8 @@ impl Control {
             Command::BlockdevAmend(amend) => self.amend(&amend)?,
             Command::BlockdevSnapshot(snapshot) => self.snapshot(snapshot).await?,
             Command::BlockdevSnapshotSync(snapshot) => self.snapshot_sync(snapshot).await?,
+            Command::SnapshotInternal(snapshot) => self.snapshot_internal(snapshot).await?,
+            Command::SnapshotDelete(snapshot) => return self.delete_internal(&snapshot).await,
             Command::Transaction(transaction) => self.transaction(transaction).await?,
             Command::NbdServerStart(options) => self.start_server(options).await?,
             Command::NbdServerStop => self.exports.stop_nbd().await?,

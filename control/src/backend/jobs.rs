@@ -12,6 +12,7 @@ use liveblk_jobs::{
 
 use super::control::{Control, Result};
 use super::errors::Failure;
+use super::internal::internal_snapshot;
 use crate::schema::{
     self, BackupPerf, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevSnapshot,
     BlockdevSnapshotSync, MirrorCopyMode, Transaction, TransactionAction,
@@ -139,7 +140,11 @@ impl Control {
         self.run_transaction(actions, completion).await
     }
 
-    async fn run_transaction(&self, actions: Vec<Action>, mode: CompletionMode) -> Result<()> {
+    pub(super) async fn run_transaction(
+        &self,
+        actions: Vec<Action>,
+        mode: CompletionMode,
+    ) -> Result<()> {
         let home: CoreId = self.core.id();
         let created: Vec<SnapshotFile> = actions.iter().filter_map(created_file).collect();
         let actions = actions.into_iter().map(|action| (home, action)).collect();
@@ -158,6 +163,9 @@ impl Control {
             TransactionAction::Abort => Ok(Action::Abort),
             TransactionAction::Snapshot(BlockdevSnapshot { node, overlay }) => {
                 Ok(Action::Snapshot { node, overlay })
+            }
+            TransactionAction::SnapshotInternal(snapshot) => {
+                Ok(Action::InternalSnapshot(internal_snapshot(snapshot)))
             }
             TransactionAction::SnapshotSync(snapshot) => self.snapshot_action(snapshot),
             TransactionAction::Backup(backup) => {

@@ -14,6 +14,7 @@ mod errors;
 mod events;
 mod exports;
 mod handle;
+mod internal;
 mod jobs;
 mod nodes;
 mod objects;

@@ -5,8 +5,8 @@
 
 use super::{
     BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange, BlockStream, BlockdevAmend,
-    BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync,
-    NbdServerOptions, ObjectAdd, Transaction,
+    BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotDelete,
+    BlockdevSnapshotInternal, BlockdevSnapshotSync, NbdServerOptions, ObjectAdd, Transaction,
 };
 
 /// What can be asked of a job without further arguments.
@@ -101,6 +101,10 @@ pub enum Command {
     BlockdevSnapshot(BlockdevSnapshot),
     /// `blockdev-snapshot-sync`.
     BlockdevSnapshotSync(BlockdevSnapshotSync),
+    /// `blockdev-snapshot-internal-sync`.
+    SnapshotInternal(BlockdevSnapshotInternal),
+    /// `blockdev-snapshot-delete-internal-sync`.
+    SnapshotDelete(BlockdevSnapshotDelete),
     /// `transaction`.
     Transaction(Transaction),
     /// `nbd-server-start`.

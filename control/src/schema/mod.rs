@@ -38,8 +38,8 @@ pub use jobs::{
 };
 pub use table::{COMMANDS, CommandEntry, EVENTS, EventEntry, Run, command_entry};
 pub use transaction::{
-    BlockdevSnapshot, BlockdevSnapshotSync, CompletionMode, NewImageMode, Transaction,
-    TransactionAction,
+    BlockdevSnapshot, BlockdevSnapshotDelete, BlockdevSnapshotInternal, BlockdevSnapshotSync,
+    CompletionMode, NewImageMode, Transaction, TransactionAction,
 };
 pub(crate) use validate::parse_switch;
 pub use validate::{ArgumentError, Source, validate};

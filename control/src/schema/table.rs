@@ -221,6 +221,18 @@ pub static COMMANDS: &[CommandEntry] = &[
         Run::Execute(|value| Ok(Command::BlockdevSnapshotSync(Deserialize::deserialize(value)?))),
     ),
     command(
+        "blockdev-snapshot-internal-sync",
+        &transaction::SNAPSHOT_INTERNAL,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::SnapshotInternal(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-snapshot-delete-internal-sync",
+        &transaction::SNAPSHOT_DELETE,
+        Type::Object(&answers::SNAPSHOT_INFO),
+        Run::Execute(|value| Ok(Command::SnapshotDelete(Deserialize::deserialize(value)?))),
+    ),
+    command(
         "transaction",
         &transaction::TRANSACTION,
         NOTHING,

@@ -11,7 +11,13 @@ use super::types::{EMPTY, EnumType, ObjectType, Type, Variants, may, need, objec
 
 static ACTION_KIND: EnumType = words(
     "TransactionActionKind",
-    &["abort", "blockdev-backup", "blockdev-snapshot", "blockdev-snapshot-sync"],
+    &[
+        "abort",
+        "blockdev-backup",
+        "blockdev-snapshot",
+        "blockdev-snapshot-internal-sync",
+        "blockdev-snapshot-sync",
+    ],
 );
 static COMPLETION: EnumType = words("ActionCompletionMode", &["individual", "grouped"]);
 static NEW_IMAGE: EnumType = words("NewImageMode", &["existing", "absolute-paths"]);
@@ -30,6 +36,13 @@ pub(super) static SNAPSHOT_SYNC: ObjectType = object(
     ],
 );
 
+pub(super) static SNAPSHOT_INTERNAL: ObjectType =
+    object("BlockdevSnapshotInternal", &[need("device", Type::Str), need("name", Type::Str)]);
+pub(super) static SNAPSHOT_DELETE: ObjectType = object(
+    "BlockdevSnapshotDeleteInternal",
+    &[need("device", Type::Str), may("id", Type::Str), may("name", Type::Str)],
+);
+
 static ABORT_WRAPPER: ObjectType = object("AbortWrapper", &[need("data", Type::Object(&EMPTY))]);
 static BACKUP_WRAPPER: ObjectType =
     object("BlockdevBackupWrapper", &[need("data", Type::Object(&BACKUP))]);
@@ -37,6 +50,8 @@ static SNAPSHOT_WRAPPER: ObjectType =
     object("BlockdevSnapshotWrapper", &[need("data", Type::Object(&SNAPSHOT))]);
 static SNAPSHOT_SYNC_WRAPPER: ObjectType =
     object("BlockdevSnapshotSyncWrapper", &[need("data", Type::Object(&SNAPSHOT_SYNC))]);
+static SNAPSHOT_INTERNAL_WRAPPER: ObjectType =
+    object("BlockdevSnapshotInternalWrapper", &[need("data", Type::Object(&SNAPSHOT_INTERNAL))]);
 
 static ACTION: ObjectType = ObjectType {
     name: "TransactionAction",
@@ -47,6 +62,7 @@ static ACTION: ObjectType = ObjectType {
             ("abort", &ABORT_WRAPPER),
             ("blockdev-backup", &BACKUP_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
+            ("blockdev-snapshot-internal-sync", &SNAPSHOT_INTERNAL_WRAPPER),
             ("blockdev-snapshot-sync", &SNAPSHOT_SYNC_WRAPPER),
         ],
     }),
@@ -100,6 +116,26 @@ pub struct BlockdevSnapshotSync {
     pub mode: NewImageMode,
 }
 
+/// Arguments of `blockdev-snapshot-internal-sync`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct BlockdevSnapshotInternal {
+    /// The node whose image gets the snapshot.
+    pub device: String,
+    /// The snapshot's name.
+    pub name: String,
+}
+
+/// Arguments of `blockdev-snapshot-delete-internal-sync`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct BlockdevSnapshotDelete {
+    /// The node whose image holds the snapshot.
+    pub device: String,
+    /// Its id.
+    pub id: Option<String>,
+    /// Its name.
+    pub name: Option<String>,
+}
+
 /// Whether the jobs of a transaction succeed or fail together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -120,6 +156,8 @@ pub enum TransactionAction {
     Backup(Box<BlockdevBackup>),
     /// See [`BlockdevSnapshot`].
     Snapshot(BlockdevSnapshot),
+    /// See [`BlockdevSnapshotInternal`].
+    SnapshotInternal(BlockdevSnapshotInternal),
     /// See [`BlockdevSnapshotSync`].
     SnapshotSync(BlockdevSnapshotSync),
 }
@@ -131,6 +169,7 @@ impl TransactionAction {
             Self::Abort => "abort",
             Self::Backup(_) => "blockdev-backup",
             Self::Snapshot(_) => "blockdev-snapshot",
+            Self::SnapshotInternal(_) => "blockdev-snapshot-internal-sync",
             Self::SnapshotSync(_) => "blockdev-snapshot-sync",
         }
     }
@@ -146,6 +185,9 @@ impl<'de> Deserialize<'de> for TransactionAction {
                 BlockdevBackup::deserialize(data).map(|backup| Self::Backup(Box::new(backup)))
             }
             Some("blockdev-snapshot") => BlockdevSnapshot::deserialize(data).map(Self::Snapshot),
+            Some("blockdev-snapshot-internal-sync") => {
+                BlockdevSnapshotInternal::deserialize(data).map(Self::SnapshotInternal)
+            }
             Some("blockdev-snapshot-sync") => {
                 BlockdevSnapshotSync::deserialize(data).map(Self::SnapshotSync)
             }
