@@ -122,6 +122,10 @@ pub const SWITCH_PUNCH_RUNS_MAX: usize = 65_536;
 /// against overlaps.
 pub const INACTIVE_CLUSTERS_MAX: u64 = 1 << 18;
 
+/// Clusters of metadata that one image remembers singly; more are packed (see `qcow2::claims`). As
+/// many as a hash map of a power of two holds.
+pub const CLAIMS_MAX: usize = 7 << 15;
+
 /// Pieces of the set of known mapped clusters of one image: 512 bytes for 4096 clusters each.
 pub const MAPPED_CHUNKS_MAX: usize = 16_384;
 

@@ -122,6 +122,8 @@ pub enum Reason {
     NeedsRebuild,
     /// New refcounts would take far more space than what they count.
     Scattered,
+    /// New refcounts do not fit on a device behind what is used (bytes needed, bytes there).
+    RebuildRoom(u64, u64),
     /// A dirty image whose refcounts could not be repaired.
     DirtyRepair(String),
     /// The new size is not a multiple of 512.
@@ -219,7 +221,9 @@ impl Reason {
             | Self::DataFileUnexpected
             | Self::RawRange { .. }
             | Self::NotQcow2 => ErrorKind::InvalidArgument,
-            Self::TableFull | Self::HeaderFull | Self::HeaderUnsafe => ErrorKind::NoSpace,
+            Self::TableFull | Self::HeaderFull | Self::HeaderUnsafe | Self::RebuildRoom(..) => {
+                ErrorKind::NoSpace
+            }
             Self::Bitmap(reason) => reason.kind(),
             Self::ReferenceProtocol(_)
             | Self::ReferenceOutside { .. }
@@ -344,6 +348,11 @@ impl Reason {
             Self::Refcount(host) => {
                 write!(f, "qcow2: Image is corrupt: wrong refcount of the cluster at {host:#x}")
             }
+            Self::RebuildRoom(needed, there) => write!(
+                f,
+                "New refcounts need {needed} bytes behind what is used, and the device has {there} \
+                 there; enlarge the device, or copy it into a file and repair that"
+            ),
             Self::Bitmap(reason) => write!(f, "{reason}"),
             Self::NoBackingSupport(driver) => {
                 write!(f, "Driver '{driver}' does not support backing files")

@@ -493,6 +493,11 @@ impl File {
         }
     }
 
+    /// Whether it is a regular file, which writes behind its end make larger.
+    pub fn can_grow(&self) -> bool {
+        !self.facts.block_device
+    }
+
     /// Whether writes get cheaper where space was reserved: not for devices, not in memory.
     pub fn gains_from_room(&self) -> bool {
         !self.facts.block_device && !self.is_memory_backed()

@@ -127,7 +127,7 @@ impl Image {
         {
             let mut state = self.state.borrow_mut();
             for cluster in old.into_iter().flat_map(Run::clusters) {
-                state.metadata.remove(&cluster.0);
+                state.metadata.remove(cluster.0);
             }
             for cluster in prepared.place.into_iter().flat_map(Run::clusters) {
                 state.metadata.insert(cluster.0, Meta::Bitmaps);

@@ -193,7 +193,7 @@ impl Image {
         bitmaps.refresh();
         let mut state = self.state.borrow_mut();
         for cluster in place.clusters() {
-            state.metadata.entry(cluster.0).or_insert(Meta::Bitmaps);
+            state.metadata.claim(cluster.0, Meta::Bitmaps);
         }
         Ok(())
     }

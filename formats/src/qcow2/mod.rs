@@ -30,6 +30,7 @@ mod check_counts;
 mod check_entries;
 mod check_lists;
 mod check_survey;
+mod claims;
 mod codec;
 mod counts;
 mod create;

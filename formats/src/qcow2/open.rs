@@ -15,18 +15,19 @@ use liveblk_engine::lease::Epochs;
 use liveblk_engine::storage::Storage;
 
 use super::cache::{Cache, IntMap};
+use super::claims::Claims;
 use super::datafile::DataPlace;
 use super::guard::claim_bitmaps;
 use super::header::Header;
 use super::image::Image;
-use super::layout::{COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
+use super::layout::{ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
 use super::mapped::Mapped;
 use super::options::Options;
 use super::repair::{Repair, repair};
 use super::room::Room;
 use super::snapshot::claim_snapshots;
 use super::snapshot_table::{self, Snapshot};
-use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
+use super::state::{Allocator, FlushRuns, Health, Meta, State};
 use super::unpack::Unpacked;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
 use crate::reason::Reason;
@@ -88,7 +89,8 @@ pub(super) async fn read_words(
     let (mut at, end) = (offset, offset + entries * ENTRY_BYTES);
     while at < end {
         let bytes = read(core, storage, at, (end - at).min(TABLE_PIECE as u64)).await?;
-        words.extend((0..bytes.len() / 8).map(|index| word(&bytes, index)));
+        let (piece, _) = bytes.as_chunks::<8>();
+        words.extend(piece.iter().map(|word| u64::from_be_bytes(*word)));
         at += bytes.len() as u64;
     }
     Ok(words)
@@ -99,7 +101,7 @@ struct Tables {
     l1: Vec<u64>,
     reftable: Vec<u64>,
     snapshots: Vec<Snapshot>,
-    metadata: IntMap<Meta>,
+    metadata: Claims,
     /// The first cluster behind everything known.
     end: u64,
 }
@@ -125,7 +127,7 @@ impl Tables {
             storage.size(),
         );
         claim_bitmaps(header, &mut metadata);
-        let last = metadata.keys().copied().max().unwrap_or(0);
+        let last = metadata.last().unwrap_or(0);
         let file_end = geometry.clusters(storage.size());
         // Absurd table entries must not move the end; using them gives an error anyway.
         let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
@@ -274,27 +276,31 @@ fn cache(bytes: u64, geometry: Geometry) -> Cache {
 
 /// Which clusters hold metadata. Where two claim one cluster, the first keeps it and the use of the
 /// other is an error.
-fn metadata_of(header: &Header, l1: &[u64], reftable: &[u64]) -> IntMap<Meta> {
+fn metadata_of(header: &Header, l1: &[u64], reftable: &[u64]) -> Claims {
     let geometry = header.geometry;
-    let mut map: IntMap<Meta> = IntMap::default();
+    let mut claims = Claims::default();
     let mut claim = |offset: u64, bytes: u64, meta: Meta| {
         let first = geometry.host_cluster(offset).0;
         for cluster in first..first + geometry.clusters(bytes) {
-            map.entry(cluster).or_insert(meta);
+            claims.claim(cluster, meta);
         }
     };
     claim(0, geometry.cluster(), Meta::Header);
     let table = u64::from(header.reftable_clusters) << geometry.cluster_bits;
     claim(header.reftable_offset, table, Meta::RefTable);
     claim(header.l1_offset, u64::from(header.l1_size) * ENTRY_BYTES, Meta::L1);
-    for (index, raw) in reftable.iter().enumerate().filter(|(_, raw)| **raw != 0) {
-        claim(raw & REFTABLE_MASK, 1, Meta::RefBlock(index as u64));
-    }
-    for (index, raw) in l1.iter().enumerate() {
-        let host = raw & OFFSET_MASK & !COPIED;
-        if host != 0 {
-            claim(host, 1, Meta::L2(index as u64));
-        }
-    }
-    map
+    claims.claim_tables(Meta::RefBlock, tables_of(reftable, REFTABLE_MASK, geometry));
+    claims.claim_tables(Meta::L2, tables_of(l1, OFFSET_MASK, geometry));
+    claims
+}
+
+/// The index and the cluster of each table that entries name.
+pub(super) fn tables_of(
+    entries: &[u64],
+    mask: u64,
+    geometry: Geometry,
+) -> impl Iterator<Item = (u64, u64)> + Clone {
+    let hosts = (0_u64..).zip(entries).map(move |(index, raw)| (index, raw & mask));
+    let there = hosts.filter(|(_, host)| *host != 0);
+    there.map(move |(index, host)| (index, geometry.host_cluster(host).0))
 }

@@ -33,7 +33,9 @@ impl Move {
         let first_block = start / per_block;
         let mut blocks = 1;
         loop {
-            let entries = (old_entries + old_entries / 2).max(first_block + blocks);
+            let wanted =
+                (old_entries + old_entries / 2).min(REFCOUNT_TABLE_BYTES_MAX / ENTRY_BYTES);
+            let entries = wanted.max(first_block + blocks);
             let table_clusters = geometry.clusters(entries * ENTRY_BYTES);
             let end = start + blocks + table_clusters;
             let needed = end.div_ceil(per_block) - first_block;
@@ -70,9 +72,16 @@ impl Image {
         let geometry = self.geometry;
         let _tables = self.tables.lock().await;
         self.write_out().await?;
-        let (plan, old, table) = {
+        let plan = {
             let state = self.state.borrow();
-            let plan = Move::plan(geometry, state.allocator.end, state.reftable.len() as u64);
+            Move::plan(geometry, state.allocator.end, state.reftable.len() as u64)
+        };
+        // A sparse file can be so large that nothing could hold its refcounts.
+        if plan.table_clusters << geometry.cluster_bits > REFCOUNT_TABLE_BYTES_MAX {
+            return Err(self.error(Reason::TableFull, "allocate"));
+        }
+        let (old, table) = {
+            let state = self.state.borrow();
             let mut table = state.reftable.clone();
             let entries = (plan.table_clusters << geometry.cluster_bits) / ENTRY_BYTES;
             table.resize(usize::try_from(entries).unwrap_or(0), 0);
@@ -84,11 +93,8 @@ impl Image {
             }
             let start = geometry.host_cluster(state.header.reftable_offset);
             let old = Run { start, count: u64::from(state.header.reftable_clusters) };
-            (plan, old, table)
+            (old, table)
         };
-        if plan.table_clusters << geometry.cluster_bits > REFCOUNT_TABLE_BYTES_MAX {
-            return Err(self.error(Reason::TableFull, "allocate"));
-        }
         for at in 0..plan.blocks {
             let host = geometry.host(HostCluster(plan.start + at));
             self.write_bytes(host, &plan.block(geometry, at)).await?;
@@ -105,7 +111,7 @@ impl Image {
         state.reftable_dirty.clear();
         state.allocator.end = state.allocator.end.max(plan.end());
         for cluster in old.clusters() {
-            state.metadata.remove(&cluster.0);
+            state.metadata.remove(cluster.0);
         }
         for at in 0..plan.table_clusters {
             state.metadata.insert(plan.table().0 + at, Meta::RefTable);

@@ -14,6 +14,7 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::format::{Below, PackedCluster, Preallocation, Resize, ZeroMode};
 use liveblk_engine::{Error, ErrorKind, Result};
 
+use super::datafile::DataPlace;
 use super::entry::Entry;
 use super::freeze::Frozen;
 use super::image::Image;
@@ -77,8 +78,14 @@ impl Image {
             self.fit_data_file(to.size).await?;
         }
         self.hide(whole, hidden).await?;
-        if to.preallocation != Preallocation::Off {
-            self.preallocate(whole, to.size, to.preallocation).await?;
+        let raw = self.state.borrow().data_place == DataPlace::Raw;
+        let mode = match to.preallocation {
+            // As at creation: a raw data file can be told from the disk at no time.
+            Preallocation::Off if raw => Preallocation::Metadata,
+            mode => mode,
+        };
+        if mode != Preallocation::Off {
+            self.preallocate(whole, to.size, mode).await?;
         }
         Rc::clone(self).flush().await?;
         self.update_header(|header| {
@@ -225,6 +232,8 @@ impl Image {
         let cluster = self.geometry.cluster();
         let mut at = from / cluster;
         let end = to.div_ceil(cluster);
+        // Where the data file ends at most.
+        let behind = to.next_multiple_of(self.geometry.subcluster());
         while at < end {
             let want = (end - at).min(ALLOC_CLUSTERS_MAX);
             let external = self.geometry.external;
@@ -239,7 +248,8 @@ impl Image {
                     self.state.borrow_mut().give_back(run);
                 }
             };
-            if let Err(error) = self.clear_space(run, mode).await {
+            let most = if external { behind } else { u64::MAX };
+            if let Err(error) = self.clear_space(run, mode, most).await {
                 give_back(run);
                 return Err(error);
             }
@@ -261,8 +271,9 @@ impl Image {
         Ok(())
     }
 
-    /// Makes the space of new clusters read as zeroes.
-    async fn clear_space(self: &Rc<Self>, run: Run, mode: Preallocation) -> Result<()> {
+    /// Makes the space of new clusters read as zeroes; the file grows to byte `most` at most, if
+    /// nothing has to be written.
+    async fn clear_space(self: &Rc<Self>, run: Run, mode: Preallocation, most: u64) -> Result<()> {
         let host = self.geometry.place(self.geometry.host(run.start)).bytes();
         let (bytes, storage) = (run.count * self.geometry.cluster(), self.data_storage());
         match mode {
@@ -271,8 +282,9 @@ impl Image {
                 // Behind the end of the file nothing has to be written.
                 let inside = storage.size().saturating_sub(host).min(bytes);
                 storage.write_zeroes(host, inside, true).await?;
-                if storage.size() < host + bytes {
-                    storage.truncate(host + bytes).await?;
+                let end = most.min(host + bytes);
+                if storage.size() < end {
+                    storage.truncate(end).await?;
                 }
             }
             Preallocation::Falloc => storage.write_zeroes(host, bytes, false).await?,
@@ -321,7 +333,7 @@ impl Image {
         };
         state.l1.resize(usize::try_from(needed).unwrap_or(0), 0);
         for cluster in old.clusters() {
-            state.metadata.remove(&cluster.0);
+            state.metadata.remove(cluster.0);
         }
         for cluster in run.clusters() {
             state.metadata.insert(cluster.0, Meta::L1);

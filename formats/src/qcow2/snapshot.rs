@@ -17,11 +17,12 @@ use std::rc::Rc;
 use liveblk_engine::format::{InternalSnapshots, LocalFuture, SnapshotInfo};
 use liveblk_engine::{Error, ErrorKind, Result};
 
-use super::cache::IntMap;
+use super::claims::Claims;
 use super::image::Image;
 use super::layout::{
     COPIED, ENTRY_BYTES, Geometry, HostCluster, INCOMPATIBLE_DATA_FILE, OFFSET_MASK, Run,
 };
+use super::open::tables_of;
 use super::snapshot_count::clear_copied;
 use super::snapshot_table::{Snapshot, encode};
 use super::state::{Meta, State, Table};
@@ -371,15 +372,13 @@ impl State {
 
     /// Enters the clusters of the current tables as metadata, in place of the ones before.
     fn claim_again(&mut self) {
-        self.metadata.retain(|_, meta| !matches!(meta, Meta::L1 | Meta::L2(_) | Meta::Snapshots));
+        self.metadata.forget_mapping();
         let (l1, _) = self.places();
         for cluster in l1.clusters() {
-            self.metadata.entry(cluster.0).or_insert(Meta::L1);
+            self.metadata.claim(cluster.0, Meta::L1);
         }
-        for (index, raw) in self.l1.iter().enumerate().filter(|(_, raw)| **raw != 0) {
-            let cluster = self.geometry.host_cluster(*raw & OFFSET_MASK).0;
-            self.metadata.entry(cluster).or_insert(Meta::L2(index as u64));
-        }
+        let tables = tables_of(&self.l1, OFFSET_MASK, self.geometry);
+        self.metadata.claim_tables(Meta::L2, tables);
         let offset = self.header.snapshots_offset;
         let end = self.allocator.end << self.geometry.cluster_bits;
         claim_snapshots(&mut self.metadata, self.geometry, offset, &self.snapshots, end);
@@ -388,7 +387,7 @@ impl State {
 
 /// Enters the snapshot table and the L1 tables of snapshots as metadata, of a file of `size` bytes.
 pub(super) fn claim_snapshots(
-    metadata: &mut IntMap<Meta>,
+    metadata: &mut Claims,
     geometry: Geometry,
     offset: u64,
     list: &[Snapshot],
@@ -401,7 +400,7 @@ pub(super) fn claim_snapshots(
         let count = geometry.clusters(bytes).min(left);
         left -= count;
         for cluster in first..first.saturating_add(count) {
-            metadata.entry(cluster).or_insert(Meta::Snapshots);
+            metadata.claim(cluster, Meta::Snapshots);
         }
     };
     claim(offset, encode(list).map_or(0, |bytes| bytes.len() as u64));

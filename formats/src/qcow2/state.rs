@@ -8,6 +8,7 @@ use liveblk_engine::format::MissId;
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::cache::{Cache, IntMap};
+use super::claims::Claims;
 use super::counts;
 use super::datafile::DataPlace;
 use super::entry::{Entry, RawEntry};
@@ -174,7 +175,7 @@ pub(super) struct State {
     pub(super) reftable_dirty: BTreeSet<u64>,
     pub(super) l2: Cache,
     pub(super) refs: Cache,
-    pub(super) metadata: IntMap<Meta>,
+    pub(super) metadata: Claims,
     /// Which of it guest data may not be written into.
     pub(super) overlap: Overlap,
     /// Clusters that are known to hold guest data.
@@ -242,7 +243,7 @@ impl State {
         }
         let host = raw & OFFSET_MASK;
         let at = index as u64;
-        let own = self.metadata.get(&self.geometry.host_cluster(host).0) == Some(&Meta::L2(at));
+        let own = self.metadata.is(self.geometry.host_cluster(host).0, Meta::L2(at));
         if raw & !(OFFSET_MASK | COPIED) != 0
             || host == 0
             || !self.geometry.aligned(host)
@@ -263,7 +264,7 @@ impl State {
         }
         let host = raw & REFTABLE_MASK;
         let cluster = self.geometry.host_cluster(host).0;
-        let own = self.metadata.get(&cluster) == Some(&Meta::RefBlock(index));
+        let own = self.metadata.is(cluster, Meta::RefBlock(index));
         if host != raw || !self.geometry.aligned(host) || host >= self.host_limit() || !own {
             return Err(Reason::BadEntry("Refcount table", index, raw));
         }
@@ -333,8 +334,8 @@ impl State {
 
     /// Whether the cluster at byte `host` holds metadata that is guarded.
     pub(super) fn is_metadata(&self, host: u64) -> bool {
-        let meta = self.metadata.get(&self.geometry.host_cluster(host).0);
-        meta.is_some_and(|meta| self.overlap.guards(*meta))
+        let meta = self.metadata.get(self.geometry.host_cluster(host).0);
+        meta.is_some_and(|meta| self.overlap.guards(meta))
     }
 
     /// The first cluster that a packed one would share with metadata.

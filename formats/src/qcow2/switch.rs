@@ -222,7 +222,7 @@ impl<'a> Switch<'a> {
             }
             // The old place is known if the block was moved, and was counted as free then.
             self.moved.entry(index).or_insert(host);
-            state.metadata.remove(&own.0);
+            state.metadata.remove(own.0);
             state.place_block(index, 0);
         }
         Ok(())
@@ -257,13 +257,13 @@ impl<'a> Switch<'a> {
         }
         let mut state = self.image.state.borrow_mut();
         for cluster in old_table.clusters() {
-            state.metadata.remove(&cluster.0);
+            state.metadata.remove(cluster.0);
         }
         for cluster in self.reftable.clusters() {
             state.metadata.insert(cluster.0, Meta::RefTable);
         }
         for (_, old) in std::mem::take(&mut self.moved) {
-            state.metadata.remove(&self.image.geometry.host_cluster(old).0);
+            state.metadata.remove(self.image.geometry.host_cluster(old).0);
         }
         follow(&mut state);
         state.l2.clear();
@@ -313,7 +313,7 @@ impl<'a> Switch<'a> {
             let new = state.block(*index).unwrap_or(0);
             state.place_block(*index, *old);
             if new != 0 {
-                state.metadata.remove(&self.image.geometry.host_cluster(new).0);
+                state.metadata.remove(self.image.geometry.host_cluster(new).0);
             }
             let old = self.image.geometry.host_cluster(*old).0;
             state.metadata.insert(old, Meta::RefBlock(*index));

@@ -38,7 +38,7 @@ impl Image {
         state.set_l1(index, host | COPIED);
         if let Some(old) = old {
             let old = self.geometry.host_cluster(old);
-            state.metadata.remove(&old.0);
+            state.metadata.remove(old.0);
             state.unlink(old);
         }
         Ok(())

@@ -27,6 +27,7 @@ mod packing_peer;
 mod peer;
 mod play;
 mod repair;
+mod repair_device;
 mod resizing;
 mod roomy;
 mod snapshot_model;
