@@ -15,6 +15,7 @@ use liveblk_engine::format::{Below, PackedCluster, Preallocation, Resize, ZeroMo
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::entry::Entry;
+use super::freed::Cause;
 use super::freeze::Frozen;
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, GuestCluster, Run};
@@ -150,7 +151,7 @@ impl Image {
         }
         self.link(at, host).await?;
         if let Some(old) = entry.references(self.geometry).filter(|_| !external) {
-            self.state.borrow_mut().unlink_run(old);
+            self.state.borrow_mut().unlink_run(old, Cause::Rewrite);
         }
         Ok(())
     }
@@ -327,6 +328,7 @@ impl Image {
             state.metadata.insert(cluster.0, Meta::L1);
         }
         if old.count > 0 {
+            let old = state.freed(old, Cause::Other);
             state.quarantine.push_back((self.epochs.retire(), vec![old]));
         }
         Ok(())
