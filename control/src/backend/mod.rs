@@ -14,6 +14,7 @@ mod errors;
 mod events;
 mod exports;
 mod handle;
+mod image_opts;
 mod internal;
 mod jobs;
 mod nodes;
@@ -23,3 +24,4 @@ mod sockets;
 
 pub use errors::Failure;
 pub use handle::{EngineBackend, Settings};
+pub use image_opts::ImageOpts;
