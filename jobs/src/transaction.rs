@@ -1,4 +1,4 @@
-//! Transactions: several snapshots and backups at one instant, all or nothing.
+//! Transactions: snapshots, backups and changes of dirty bitmaps at one instant, all or nothing.
 //!
 //! Order: (1) checks; (2) prepare every action in list order, each on the core of its node (files
 //! are created, nothing that runs is touched); (3) publish the new files; (4) one cut over all
@@ -17,6 +17,7 @@ use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
 use liveblk_engine::node::NodeId;
 
 use crate::backup::prepare_backup;
+use crate::bitmaps::{BitmapAction, PreparedBitmap};
 use crate::error::{JobError, Result};
 use crate::limits::{ACTIONS, CUT_WAIT_NS};
 use crate::snapshot::{self, PreparedSnapshot, SnapshotFile};
@@ -50,6 +51,8 @@ pub enum Action {
     SnapshotFile(SnapshotFile),
     /// `blockdev-backup`.
     Backup(BackupAction),
+    /// A change of dirty bitmaps.
+    Bitmap(BitmapAction),
 }
 
 /// A backup in a transaction.
@@ -77,6 +80,7 @@ impl Action {
             Self::Snapshot { .. } => "blockdev-snapshot",
             Self::SnapshotFile(_) => "blockdev-snapshot-sync",
             Self::Backup(_) => "blockdev-backup",
+            Self::Bitmap(action) => action.name(),
         }
     }
 }
@@ -119,6 +123,7 @@ struct Set {
 enum Step {
     Snapshot(PreparedSnapshot),
     Backup(Prepared),
+    Bitmap(PreparedBitmap),
 }
 
 impl Staged {
@@ -141,6 +146,7 @@ impl Step {
         match self {
             Self::Snapshot(snapshot) => snapshot.nodes(),
             Self::Backup(backup) => vec![backup.copy.source().id()],
+            Self::Bitmap(bitmap) => bitmap.nodes(),
         }
     }
 
@@ -148,6 +154,7 @@ impl Step {
         match self {
             Self::Snapshot(snapshot) => snapshot.swap(graph),
             Self::Backup(backup) => backup.slot.install(),
+            Self::Bitmap(bitmap) => bitmap.swap(),
         }
     }
 }
@@ -189,7 +196,7 @@ fn check(actions: &[(CoreId, Action)], completion: CompletionMode) -> Result<()>
     }
     if completion == CompletionMode::Grouped {
         for (_, action) in actions {
-            if !matches!(action, Action::Backup(_)) {
+            if !matches!(action, Action::Backup(_) | Action::Bitmap(_)) {
                 return Err(JobError::NotGrouped { action: action.name() });
             }
         }
@@ -243,6 +250,7 @@ async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Res
             };
             Step::Backup(prepare_backup(spec, &txn)?)
         }
+        Action::Bitmap(action) => Step::Bitmap(PreparedBitmap::new(core, action).await?),
     };
     let nodes = step.nodes();
     staged.sets.borrow_mut().entry(number).or_default().steps.push(step);
@@ -297,12 +305,17 @@ async fn publish(core: &Core, steps: &mut [Step]) -> Result<()> {
 }
 
 async fn commit(steps: Vec<Step>) {
-    let mut snapshots = Vec::new();
+    let (mut snapshots, mut bitmaps) = (Vec::new(), Vec::new());
     for step in steps {
         match step {
             Step::Backup(backup) => drop(backup.commit()),
             Step::Snapshot(snapshot) => snapshots.push(snapshot),
+            Step::Bitmap(bitmap) => bitmaps.push(bitmap),
         }
+    }
+    // Bitmaps first: a node that becomes read-only stores what is left.
+    for bitmap in bitmaps {
+        bitmap.finish().await;
     }
     for snapshot in snapshots {
         snapshot.finish().await;
@@ -314,6 +327,7 @@ async fn abort(core: &Core, steps: Vec<Step>) {
         match step {
             Step::Backup(backup) => backup.abort(),
             Step::Snapshot(snapshot) => snapshot.abort(core).await,
+            Step::Bitmap(bitmap) => bitmap.abort().await,
         }
     }
 }
