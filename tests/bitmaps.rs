@@ -8,12 +8,16 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use liveblk::engine::bitmap::DirtyBitmap;
-use liveblk::engine::driver::sim::{Sim, SimConfig};
+use liveblk::engine::driver::sim::{FaultRule, OpFilter, Sim, SimConfig, SimOpKind};
 use liveblk::engine::node::{
     BitmapAccess, BitmapFacts, BitmapHold, NewBitmap, Origin, WriteFlags, ZeroFlags,
 };
+use liveblk::jobs::{Action, BitmapAction, BitmapName, CompletionMode, transaction};
 use liveblk::{Disk, ErrorKind, Host, Node};
 use simulated::{CLUSTER, make, write};
+
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
 
 fn new(name: &str, granularity: u64, persistent: bool) -> NewBitmap {
     NewBitmap {
@@ -358,5 +362,148 @@ fn a_backups_successor_takes_over_or_is_merged_back() {
         write(&disk, 0, 1, 2).await.expect("a write");
         hold.abdicate();
         assert_eq!(facts_of(&node, "off").count, 0, "a disabled bitmap has a disabled successor");
+    });
+}
+
+/// Order of one write (`engine::node`): bits are set after the data, also when the write failed or
+/// was cut short, in memory and in what is stored.
+#[test]
+fn a_write_that_failed_or_was_cut_short_is_recorded() {
+    for errno in [0, ENOSPC, EIO] {
+        let mut sim = Sim::new(SimConfig::new(6).calm());
+        let disk = sim.block_on(0, |core| async move {
+            let host = simulated::host(&core);
+            let disk = disk_with(&host, &core).await;
+            disk.node().add_bitmap(new("memory", 4096, false)).await.expect("is added");
+            disk.node().add_bitmap(new("file", 4096, true)).await.expect("is added");
+            write(&disk, 0, 32768, 1).await.expect("a write");
+            for name in ["memory", "file"] {
+                disk.node().clear_bitmap(name).expect("is cleared");
+            }
+            disk
+        });
+        let filter = OpFilter::any().file("/a").kind(SimOpKind::Write);
+        sim.inject(FaultRule::once(filter, errno));
+        sim.block_on(0, |_| async move {
+            let ended = write(&disk, 8192, 16384, 2).await;
+            assert_eq!(ended.is_err(), errno != 0);
+            let node = disk.node();
+            for name in ["memory", "file"] {
+                assert_eq!(facts_of(&node, name).count, 16384, "{name} after errno {errno}");
+            }
+        });
+    }
+}
+
+/// What there is to see of bitmaps, with a checksum of their bits.
+fn picture(node: &Node) -> Vec<(BitmapFacts, Vec<u64>)> {
+    let bits = |facts: &BitmapFacts| {
+        let name = facts.name.as_deref().expect("nothing is frozen");
+        let bitmap = node.bitmap(name).expect("is there");
+        bitmap.view(|bits| {
+            let granules = 0..bits.granules();
+            granules.filter(|at| bits.test(at * bits.granularity())).collect()
+        })
+    };
+    node.bitmap_facts().into_iter().map(|facts| (facts.clone(), bits(&facts))).collect()
+}
+
+fn of(name: &str) -> BitmapName {
+    BitmapName { node: "a".into(), name: name.into() }
+}
+
+/// Conventions, rule 30: each step of a transaction fails in turn, and all is as it was.
+#[test]
+fn a_transaction_of_bitmaps_that_fails_anywhere_leaves_all_as_it_was() {
+    let mut failed = 0;
+    for after in 0..40 {
+        let mut sim = Sim::new(SimConfig::new(7).calm());
+        let disk = sim.block_on(0, |core| async move {
+            let host = simulated::host(&core);
+            let disk = disk_with(&host, &core).await;
+            let node = disk.node();
+            node.add_bitmap(new("one", 4096, true)).await.expect("is added");
+            node.add_bitmap(new("two", 65536, true)).await.expect("is added");
+            write(&disk, 0, 32768, 1).await.expect("a write");
+            // Stored once, so that marks have to be written again.
+            node.set_writable(false).await.expect("becomes read-only");
+            node.set_writable(true).await.expect("becomes writable");
+            node.enable_bitmap("two", false).await.expect("is disabled");
+            disk
+        });
+        let node = disk.node();
+        let before = picture(&node);
+        let kinds = [SimOpKind::Write, SimOpKind::Allocate];
+        let filter = kinds.into_iter().fold(OpFilter::any().file("/a"), OpFilter::kind);
+        sim.inject(FaultRule::once(filter, ENOSPC).after(after));
+        let ended = sim.block_on(0, |core| async move {
+            let add =
+                |name: &str| BitmapAction::Add { node: "a".into(), new: new(name, 512, true) };
+            let actions = [
+                add("three"),
+                BitmapAction::Merge { target: of("two"), sources: vec![of("one")] },
+                BitmapAction::Enable(of("two")),
+                BitmapAction::Clear(of("one")),
+                BitmapAction::Disable(of("one")),
+                add("four"),
+            ];
+            let actions = actions.map(|action| (core.id(), Action::Bitmap(action))).to_vec();
+            transaction(&core, actions, CompletionMode::Individual).await
+        });
+        let now = picture(&node);
+        match ended {
+            Err(_) => {
+                assert_eq!(now, before, "after {after} writes");
+                failed += 1;
+            }
+            Ok(()) => {
+                let names = names(&node);
+                assert_eq!(names, ["four", "three", "two", "one"]);
+                assert_eq!(facts_of(&node, "one").count, 0);
+                assert_eq!(facts_of(&node, "two").count, 65536);
+                assert!(facts_of(&node, "two").recording && !facts_of(&node, "one").recording);
+            }
+        }
+        sim.clear_faults();
+        drop(node);
+        sim.block_on(0, |core| async move {
+            drop(disk);
+            simulated::host(&core).close().await.expect("closes");
+        });
+        simulated::inspect(sim.fs().clone(), "/a");
+    }
+    assert!((4..40).contains(&failed), "{failed} failed");
+}
+
+/// A bitmap that follows has every change of the disk, whichever node took it.
+#[test]
+fn a_bitmap_that_follows_goes_where_the_guests_go() {
+    let mut sim = Sim::new(SimConfig::new(8).calm());
+    sim.block_on(0, |core| async move {
+        let host = simulated::host(&core);
+        let disk = disk_with(&host, &core).await;
+        make(&core, "/b", 64).await;
+        let (a, b) = (disk.node(), simulated::open(&host, "/b").await.node());
+        let follow = NewBitmap { follow: true, ..new("f", 4096, true) };
+        a.add_bitmap(follow).await.expect("is added");
+        a.add_bitmap(new("stays", 4096, true)).await.expect("is added");
+        write(&disk, 0, 1, 1).await.expect("a write");
+        let snapshot = Action::Snapshot { node: "a".into(), overlay: "b".into() };
+        let actions = vec![(core.id(), snapshot)];
+        transaction(&core, actions, CompletionMode::Individual).await.expect("is taken");
+        write(&disk, 8192, 1, 2).await.expect("a write");
+        assert_eq!(names(&b), ["f"]);
+        assert_eq!(facts_of(&b, "f").count, 8192);
+        assert_eq!(facts_of(&a, "f").count, 4096, "the old one stays as it was");
+        assert_eq!(names(&a), ["stays", "f"]);
+        drop((disk, a, b));
+        host.close().await.expect("closes");
+    });
+    sim.block_on(0, |core| async move {
+        let host = simulated::host(&core);
+        let disk = simulated::open(&host, "/b").await;
+        assert_eq!(facts_of(&disk.node(), "f").count, 8192);
+        drop(disk);
+        host.close().await.expect("closes");
     });
 }

@@ -6,6 +6,7 @@
 //! - `copy`: the one copy loop;
 //! - [`mirror`], [`backup`], [`stream`], [`commit`]: jobs, policy over that loop;
 //! - [`snapshot`], [`internal`], [`transaction`]: changes of the graph, atomic over disks and cores;
+//! - [`bitmaps`]: changes of dirty bitmaps in transactions;
 //! - [`manager`]: ids, verbs, queries, how jobs end together.
 //!
 //! Knows neither QMP nor formats; everything stays on the core of the source.
@@ -14,6 +15,7 @@
 
 pub mod amend;
 pub mod backup;
+pub mod bitmaps;
 mod chain;
 mod chain_error;
 pub mod commit;
@@ -39,6 +41,7 @@ mod txn;
 
 pub use amend::{Amendment, start_amend};
 pub use backup::start_backup;
+pub use bitmaps::{BitmapAction, BitmapName};
 pub use chain_error::ChainError;
 pub use commit::{CommitSpec, start_commit};
 pub use error::{JobError, SnapshotError};

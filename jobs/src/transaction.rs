@@ -1,4 +1,4 @@
-//! Transactions: several snapshots and backups at one instant, all or nothing.
+//! Transactions: snapshots, backups and changes of dirty bitmaps at one instant, all or nothing.
 //!
 //! Order: (1) checks; (2) prepare every action in list order, each on the core of its node (files
 //! are created, nothing that runs is touched); (3) publish the new files; (4) one cut over all
@@ -19,6 +19,7 @@ use liveblk_engine::graph::{BeforeSwap, CutPart, Graph, Swap, cut};
 use liveblk_engine::node::NodeId;
 
 use crate::backup::prepare_backup;
+use crate::bitmaps::{BitmapAction, PreparedBitmap};
 use crate::error::{JobError, Result};
 use crate::internal::{self, InternalSnapshot, PreparedInternal};
 use crate::limits::{ACTIONS, CUT_WAIT_NS};
@@ -55,6 +56,8 @@ pub enum Action {
     InternalSnapshot(InternalSnapshot),
     /// `blockdev-backup`.
     Backup(BackupAction),
+    /// A change of dirty bitmaps.
+    Bitmap(BitmapAction),
 }
 
 /// A backup in a transaction.
@@ -83,6 +86,7 @@ impl Action {
             Self::SnapshotFile(_) => "blockdev-snapshot-sync",
             Self::InternalSnapshot(_) => "blockdev-snapshot-internal-sync",
             Self::Backup(_) => "blockdev-backup",
+            Self::Bitmap(action) => action.name(),
         }
     }
 }
@@ -126,6 +130,7 @@ enum Step {
     Snapshot(PreparedSnapshot),
     Internal(PreparedInternal),
     Backup(Prepared),
+    Bitmap(PreparedBitmap),
 }
 
 impl Staged {
@@ -149,6 +154,7 @@ impl Step {
             Self::Snapshot(snapshot) => snapshot.nodes(),
             Self::Internal(snapshot) => snapshot.nodes(),
             Self::Backup(backup) => vec![backup.copy.source().id()],
+            Self::Bitmap(bitmap) => bitmap.nodes(),
         }
     }
 
@@ -158,6 +164,7 @@ impl Step {
             // Taken before the swaps.
             Self::Internal(_) => {}
             Self::Backup(backup) => backup.slot.install(),
+            Self::Bitmap(bitmap) => bitmap.swap(),
         }
     }
 }
@@ -199,7 +206,7 @@ fn check(actions: &[(CoreId, Action)], completion: CompletionMode) -> Result<()>
     }
     if completion == CompletionMode::Grouped {
         for (_, action) in actions {
-            if !matches!(action, Action::Backup(_)) {
+            if !matches!(action, Action::Backup(_) | Action::Bitmap(_)) {
                 return Err(JobError::NotGrouped { action: action.name() });
             }
         }
@@ -254,6 +261,7 @@ async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Res
             };
             Step::Backup(prepare_backup(spec, &txn)?)
         }
+        Action::Bitmap(action) => Step::Bitmap(PreparedBitmap::new(core, action).await?),
     };
     let nodes = step.nodes();
     staged.sets.borrow_mut().entry(number).or_default().steps.push(step);
@@ -358,13 +366,18 @@ async fn publish(core: &Core, steps: &mut [Step]) -> Result<()> {
 }
 
 async fn commit(steps: Vec<Step>) {
-    let mut snapshots = Vec::new();
+    let (mut snapshots, mut bitmaps) = (Vec::new(), Vec::new());
     for step in steps {
         match step {
             Step::Backup(backup) => drop(backup.commit()),
             Step::Snapshot(snapshot) => snapshots.push(snapshot),
             Step::Internal(_) => {}
+            Step::Bitmap(bitmap) => bitmaps.push(bitmap),
         }
+    }
+    // Bitmaps first: a node that becomes read-only stores what is left.
+    for bitmap in bitmaps {
+        bitmap.finish().await;
     }
     for snapshot in snapshots {
         snapshot.finish().await;
@@ -377,6 +390,7 @@ async fn abort(core: &Core, steps: Vec<Step>) {
             Step::Backup(backup) => backup.abort(),
             Step::Snapshot(snapshot) => snapshot.abort(core).await,
             Step::Internal(snapshot) => snapshot.abort().await,
+            Step::Bitmap(bitmap) => bitmap.abort().await,
         }
     }
 }

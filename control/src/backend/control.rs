@@ -81,6 +81,8 @@ impl Control {
             Command::BlockdevBackup(backup) => self.backup(*backup).await?,
             Command::BlockStream(stream) => self.stream(*stream).await?,
             Command::BlockCommit(commit) => self.commit(*commit).await?,
+            Command::Bitmap(change) => self.change_bitmap(change).await?,
+            Command::BitmapSha256(bitmap) => return self.bitmap_sha256(&bitmap),
             Command::BlockdevAmend(amend) => self.amend(&amend)?,
             Command::BlockdevSnapshot(snapshot) => self.snapshot(snapshot).await?,
             Command::BlockdevSnapshotSync(snapshot) => self.snapshot_sync(snapshot).await?,

@@ -10,6 +10,7 @@ use liveblk_jobs::{
     start_mirror,
 };
 
+use super::bitmaps::bitmap_action;
 use super::control::{Control, Result};
 use super::errors::Failure;
 use super::internal::internal_snapshot;
@@ -127,10 +128,7 @@ impl Control {
             schema::CompletionMode::Grouped => CompletionMode::Grouped,
         };
         if completion == CompletionMode::Grouped {
-            let other = transaction
-                .actions
-                .iter()
-                .find(|action| !matches!(action, TransactionAction::Backup(_)));
+            let other = transaction.actions.iter().find(|action| !may_be_grouped(action));
             if let Some(action) = other {
                 return Err(JobError::NotGrouped { action: action.name() }.into());
             }
@@ -168,6 +166,7 @@ impl Control {
                 Ok(Action::InternalSnapshot(internal_snapshot(snapshot)))
             }
             TransactionAction::SnapshotSync(snapshot) => self.snapshot_action(snapshot),
+            TransactionAction::Bitmap(change) => Ok(Action::Bitmap(bitmap_action(change)?)),
             TransactionAction::Backup(backup) => {
                 self.check_backup(&backup)?;
                 Ok(Action::Backup(BackupAction {
@@ -200,6 +199,11 @@ impl Control {
             },
         }))
     }
+}
+
+/// Whether an action goes with jobs that end together; the peer takes nothing but backups.
+fn may_be_grouped(action: &TransactionAction) -> bool {
+    matches!(action, TransactionAction::Backup(_) | TransactionAction::Bitmap(_))
 }
 
 /// The snapshot, if its file is made here.

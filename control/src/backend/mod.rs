@@ -8,6 +8,7 @@
 //! Order rules at the end: 1. exports stop taking requests; 2. jobs are ended by force, with their
 //! events; 3. the exports are gone; 4. the answer to `quit` leaves; 5. nodes are closed.
 
+mod bitmaps;
 mod chains;
 mod control;
 mod errors;

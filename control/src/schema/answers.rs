@@ -219,6 +219,8 @@ static DIRTY_INFO: ObjectType = object(
         need("recording", Type::Bool),
         need("busy", Type::Bool),
         need("persistent", Type::Bool),
+        may("inconsistent", Type::Bool),
+        may("follow", Type::Bool),
     ],
 );
 static DIRTY_INFO_TYPE: Type = Type::Object(&DIRTY_INFO);

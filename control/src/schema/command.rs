@@ -4,9 +4,10 @@
 //! the argument check. Does not: hold commands that the front-end answers itself.
 
 use super::{
-    BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange, BlockStream, BlockdevAmend,
-    BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotDelete,
-    BlockdevSnapshotInternal, BlockdevSnapshotSync, NbdServerOptions, ObjectAdd, Transaction,
+    BitmapChange, BitmapOf, BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange,
+    BlockStream, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot,
+    BlockdevSnapshotDelete, BlockdevSnapshotInternal, BlockdevSnapshotSync, NbdServerOptions,
+    ObjectAdd, Transaction,
 };
 
 /// What can be asked of a job without further arguments.
@@ -95,6 +96,10 @@ pub enum Command {
     BlockStream(Box<BlockStream>),
     /// `block-commit`.
     BlockCommit(Box<BlockCommit>),
+    /// A change of dirty bitmaps.
+    Bitmap(BitmapChange),
+    /// `x-debug-block-dirty-bitmap-sha256`.
+    BitmapSha256(BitmapOf),
     /// `x-blockdev-amend`.
     BlockdevAmend(BlockdevAmend),
     /// `blockdev-snapshot`.

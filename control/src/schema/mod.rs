@@ -8,6 +8,7 @@
 mod amend;
 mod answers;
 mod arguments;
+mod bitmaps;
 mod blockdev;
 mod chains;
 mod command;
@@ -20,6 +21,7 @@ pub mod types;
 mod validate;
 
 pub use amend::{AmendOptions, BlockdevAmend};
+pub use bitmaps::{BitmapAdd, BitmapChange, BitmapMerge, BitmapOf};
 pub use blockdev::{
     AioMode, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard, DriverOptions,
     FileOptions, NodeOptions, OnOffAuto, Qcow2Options, RawOptions,

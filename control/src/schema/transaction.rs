@@ -6,6 +6,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use super::bitmaps::{self, BitmapChange};
 use super::jobs::{BACKUP, BlockdevBackup};
 use super::types::{EMPTY, EnumType, ObjectType, Type, Variants, may, need, object, words};
 
@@ -13,6 +14,12 @@ static ACTION_KIND: EnumType = words(
     "TransactionActionKind",
     &[
         "abort",
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-remove",
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-merge",
         "blockdev-backup",
         "blockdev-snapshot",
         "blockdev-snapshot-internal-sync",
@@ -44,6 +51,12 @@ pub(super) static SNAPSHOT_DELETE: ObjectType = object(
 );
 
 static ABORT_WRAPPER: ObjectType = object("AbortWrapper", &[need("data", Type::Object(&EMPTY))]);
+static BITMAP_ADD_WRAPPER: ObjectType =
+    object("BlockDirtyBitmapAddWrapper", &[need("data", Type::Object(&bitmaps::ADD))]);
+static BITMAP_WRAPPER: ObjectType =
+    object("BlockDirtyBitmapWrapper", &[need("data", Type::Object(bitmaps::ONE))]);
+static BITMAP_MERGE_WRAPPER: ObjectType =
+    object("BlockDirtyBitmapMergeWrapper", &[need("data", Type::Object(&bitmaps::MERGE))]);
 static BACKUP_WRAPPER: ObjectType =
     object("BlockdevBackupWrapper", &[need("data", Type::Object(&BACKUP))]);
 static SNAPSHOT_WRAPPER: ObjectType =
@@ -60,6 +73,12 @@ static ACTION: ObjectType = ObjectType {
         tag: "type",
         cases: &[
             ("abort", &ABORT_WRAPPER),
+            ("block-dirty-bitmap-add", &BITMAP_ADD_WRAPPER),
+            ("block-dirty-bitmap-remove", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-clear", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-enable", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-disable", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-merge", &BITMAP_MERGE_WRAPPER),
             ("blockdev-backup", &BACKUP_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-internal-sync", &SNAPSHOT_INTERNAL_WRAPPER),
@@ -152,6 +171,8 @@ pub enum CompletionMode {
 pub enum TransactionAction {
     /// Fails, for tests.
     Abort,
+    /// A change of dirty bitmaps.
+    Bitmap(BitmapChange),
     /// See [`BlockdevBackup`].
     Backup(Box<BlockdevBackup>),
     /// See [`BlockdevSnapshot`].
@@ -167,6 +188,7 @@ impl TransactionAction {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Abort => "abort",
+            Self::Bitmap(change) => change.name(),
             Self::Backup(_) => "blockdev-backup",
             Self::Snapshot(_) => "blockdev-snapshot",
             Self::SnapshotInternal(_) => "blockdev-snapshot-internal-sync",
@@ -191,7 +213,11 @@ impl<'de> Deserialize<'de> for TransactionAction {
             Some("blockdev-snapshot-sync") => {
                 BlockdevSnapshotSync::deserialize(data).map(Self::SnapshotSync)
             }
-            _ => return Err(D::Error::custom("action without data")),
+            Some(name) => match BitmapChange::read(name, data) {
+                Some(change) => change.map(Self::Bitmap),
+                None => return Err(D::Error::custom("no such action")),
+            },
+            None => return Err(D::Error::custom("action without data")),
         };
         action.map_err(D::Error::custom)
     }

@@ -279,7 +279,8 @@ impl Graph {
         result
     }
 
-    /// Moves every attachment of `from` to `to`. Only inside a cut of both nodes.
+    /// Moves every attachment of `from` to `to`, and the bitmaps that follow. Only inside a cut of
+    /// both nodes.
     ///
     /// # Panics
     /// If one of the nodes does not exist.
@@ -289,6 +290,7 @@ impl Graph {
         for attachment in from.take_attachments() {
             attachment.move_to(&to);
         }
+        Node::carry_bitmaps(&from, &to);
     }
 
     /// Puts `base` below `overlay`: its layers serve what the overlay does not have. Only inside a

@@ -13,6 +13,8 @@ pub enum BitmapError {
     NameTooLong(String),
     /// A granularity that is no power of two from 512 bytes on.
     Granularity,
+    /// There is no node of this name.
+    NodeNotFound(String),
     /// The node has one of this name.
     Exists(String),
     /// The node has none of this name.
@@ -56,6 +58,7 @@ impl fmt::Display for BitmapError {
             Self::NameEmpty => f.write_str("Bitmap name cannot be empty"),
             Self::NameTooLong(name) => write!(f, "Bitmap name too long: {name}"),
             Self::Granularity => f.write_str("Granularity must be power of 2 and at least 512"),
+            Self::NodeNotFound(node) => write!(f, "Node '{node}' not found"),
             Self::Exists(name) => write!(f, "Bitmap already exists: {name}"),
             Self::NotFound(name) => write!(f, "Dirty bitmap '{name}' not found"),
             Self::Busy(name) => write!(
@@ -92,7 +95,7 @@ impl From<BitmapError> for Error {
     fn from(error: BitmapError) -> Self {
         let kind = match &error {
             BitmapError::Exists(_) => ErrorKind::AlreadyExists,
-            BitmapError::NotFound(_) => ErrorKind::NotFound,
+            BitmapError::NotFound(_) | BitmapError::NodeNotFound(_) => ErrorKind::NotFound,
             BitmapError::Busy(_) => ErrorKind::Busy,
             BitmapError::ReadOnly(_) => ErrorKind::ReadOnly,
             BitmapError::CannotStore { .. } => ErrorKind::Unsupported,

@@ -7,7 +7,7 @@
 //! successor takes over), [`BitmapHold::abdicate_except`] (so it is, but for what was not copied)
 //! or [`BitmapHold::reclaim`] (as if there had been no backup). Dropping a hold reclaims.
 
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use super::bitmaps::{BitmapAccess, NodeBitmap};
 use super::object::Node;
@@ -19,6 +19,7 @@ use crate::error::Result;
 #[must_use = "dropping it ends the use"]
 pub struct BitmapHold {
     bitmap: Rc<NodeBitmap>,
+    node: Weak<Node>,
 }
 
 impl Node {
@@ -27,11 +28,16 @@ impl Node {
     ///
     /// # Errors
     /// `NotFound`, `Busy`, `ReadOnly` (for a change), or that it is inconsistent.
-    pub fn hold_bitmap(&self, name: &str, by: &str, access: BitmapAccess) -> Result<BitmapHold> {
+    pub fn hold_bitmap(
+        self: &Rc<Self>,
+        name: &str,
+        by: &str,
+        access: BitmapAccess,
+    ) -> Result<BitmapHold> {
         let bitmap = self.bitmap(name)?;
         self.check_bitmap(&bitmap, access)?;
         bitmap.set_busy(by);
-        Ok(BitmapHold { bitmap })
+        Ok(BitmapHold { bitmap, node: Rc::downgrade(self) })
     }
 }
 
@@ -58,13 +64,17 @@ impl BitmapHold {
     /// The bitmap is what its successor recorded; what it held is forgotten.
     pub fn abdicate(self) {
         let none = self.bitmap.view(|bits| DirtyBitmap::new(bits.size(), bits.granularity()));
-        self.bitmap.release(Some(&none));
+        self.abdicate_except(&none);
     }
 
     /// The same, but the bits of `left` stay, too: they were not dealt with. Granularities may
     /// differ.
     pub fn abdicate_except(self, left: &DirtyBitmap) {
         self.bitmap.release(Some(left));
+        if let Some(node) = self.node.upgrade() {
+            // As for the peer, it is the successor that goes on.
+            node.bitmaps.renew(&self.bitmap);
+        }
     }
 
     /// The bitmap is what it was and what its successor recorded.

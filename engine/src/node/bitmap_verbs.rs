@@ -137,7 +137,7 @@ impl Node {
     }
 
     /// Gives `bitmap` a place in the file, marked as in use.
-    async fn keep_in_file(&self, bitmap: &Rc<NodeBitmap>) -> Result<()> {
+    pub(super) async fn keep_in_file(&self, bitmap: &Rc<NodeBitmap>) -> Result<()> {
         let name = bitmap.name();
         let Some(file) = self.format().abilities().bitmaps else {
             return Err(BitmapError::CannotStore { node: self.name().to_string() }.into());
@@ -257,7 +257,7 @@ impl Node {
     pub async fn merge_bitmaps(&self, target: &str, sources: BitmapSources) -> Result<()> {
         let target = self.prepare_merge(target, &sources).await?;
         // One of them may have been taken meanwhile.
-        self.check_merge(&target, &sources)?;
+        sources.iter().try_for_each(|source| self.check_merge(&target, source))?;
         self.pour_bitmaps(&target, &sources);
         Ok(())
     }
@@ -272,20 +272,24 @@ impl Node {
         sources: &BitmapSources,
     ) -> Result<Rc<NodeBitmap>> {
         let target = self.bitmap(target)?;
-        self.check_merge(&target, sources)?;
+        self.check_bitmap(&target, BitmapAccess::Change)?;
+        sources.iter().try_for_each(|source| self.check_merge(&target, source))?;
         self.mark_bitmap(&target).await?;
         Ok(target)
     }
 
-    fn check_merge(&self, target: &NodeBitmap, sources: &BitmapSources) -> Result<()> {
-        for source in sources {
-            // A read-only image does not keep its bitmaps from being read.
-            source.check(BitmapAccess::Read, false)?;
-            if source.size() != target.size() {
-                return Err(BitmapError::Sizes(target.size(), source.size()).into());
-            }
+    /// Whether the bits of `source` can be added to `target`, a bitmap of this node.
+    ///
+    /// # Errors
+    /// What forbids the use of one of them, or sizes that differ.
+    pub fn check_merge(&self, target: &NodeBitmap, source: &NodeBitmap) -> Result<()> {
+        self.check_bitmap(target, BitmapAccess::Change)?;
+        // A read-only image does not keep its bitmaps from being read.
+        source.check(BitmapAccess::Read, false)?;
+        if source.size() != target.size() {
+            return Err(BitmapError::Sizes(target.size(), source.size()).into());
         }
-        self.check_bitmap(target, BitmapAccess::Change)
+        Ok(())
     }
 
     /// The second half of [`Node::merge_bitmaps`].

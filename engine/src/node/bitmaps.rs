@@ -216,14 +216,22 @@ impl NodeBitmap {
         state.changed = true;
     }
 
+    pub(super) fn set_persistent(&self, persistent: bool) {
+        self.state.borrow_mut().persistent = persistent;
+    }
+
     pub(super) fn set_enabled(&self, enabled: bool) {
         let state = &mut *self.state.borrow_mut();
         state.changed |= state.enabled != enabled;
         state.enabled = enabled;
     }
 
+    /// Keeps others off. An inconsistent one stays what it is: nothing can be done with it anyway.
     pub(super) fn set_busy(&self, by: &str) {
-        self.state.borrow_mut().life = Life::Busy { by: by.into() };
+        let life = &mut self.state.borrow_mut().life;
+        if !matches!(life, Life::Inconsistent) {
+            *life = Life::Busy { by: by.into() };
+        }
     }
 
     /// Writes go to a successor from now on, which records if this one did.
@@ -240,10 +248,14 @@ impl NodeBitmap {
     /// the successor's.
     pub(super) fn release(&self, instead: Option<&DirtyBitmap>) {
         let state = &mut *self.state.borrow_mut();
-        if let Life::Frozen { successor, .. } = std::mem::replace(&mut state.life, Life::Open) {
-            let old = std::mem::replace(&mut state.bits, successor);
-            state.bits.merge(instead.unwrap_or(&old));
-            state.changed = true;
+        match std::mem::replace(&mut state.life, Life::Open) {
+            Life::Frozen { successor, .. } => {
+                let old = std::mem::replace(&mut state.bits, successor);
+                state.bits.merge(instead.unwrap_or(&old));
+                state.changed = true;
+            }
+            Life::Inconsistent => state.life = Life::Inconsistent,
+            Life::Open | Life::Busy { .. } => {}
         }
     }
 
@@ -336,6 +348,24 @@ impl NodeBitmaps {
         self.0.borrow_mut().push(bitmap);
     }
 
+    /// The consistent ones that go on at another node.
+    pub(super) fn followers(&self) -> Vec<Rc<NodeBitmap>> {
+        let follows = |bitmap: &&Rc<NodeBitmap>| {
+            let state = bitmap.state.borrow();
+            state.follow && !matches!(state.life, Life::Inconsistent)
+        };
+        self.0.borrow().iter().filter(follows).cloned().collect()
+    }
+
+    /// Makes `bitmap` the newest.
+    pub(super) fn renew(&self, bitmap: &Rc<NodeBitmap>) {
+        let mut list = self.0.borrow_mut();
+        if let Some(at) = list.iter().position(|known| Rc::ptr_eq(known, bitmap)) {
+            let bitmap = list.remove(at);
+            list.push(bitmap);
+        }
+    }
+
     pub(super) fn remove(&self, bitmap: &Rc<NodeBitmap>) {
         self.0.borrow_mut().retain(|known| !Rc::ptr_eq(known, bitmap));
     }
@@ -353,8 +383,12 @@ impl NodeBitmaps {
         }
     }
 
-    /// What queries show, the newest first.
+    /// What queries show, the newest first: successors, then the others.
     pub(super) fn facts(&self) -> Vec<BitmapFacts> {
-        self.0.borrow().iter().rev().flat_map(|bitmap| bitmap.facts()).collect()
+        let list = self.0.borrow();
+        let facts = list.iter().rev().flat_map(|bitmap| bitmap.facts());
+        let (mut facts, named): (Vec<_>, Vec<_>) = facts.partition(|facts| facts.name.is_none());
+        facts.extend(named);
+        facts
     }
 }

@@ -15,6 +15,7 @@
 
 mod attachment;
 mod bitmap_error;
+mod bitmap_follow;
 mod bitmap_hold;
 mod bitmap_verbs;
 mod bitmaps;
