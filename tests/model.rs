@@ -12,6 +12,8 @@
 //! `LIVEBLK_SECONDS=N` bounds the time; without it a run that does not get to its last seed has
 //! failed.
 
+#[path = "model/chains.rs"]
+mod chains;
 #[path = "model/guest.rs"]
 mod guest;
 #[path = "model/images.rs"]

@@ -1,6 +1,8 @@
 //! Tests of the model test: each planted bug, a rule of the project left out at the one place that
 //! keeps it, is found within few seeds. Runs with `--features planted-bugs`.
 
+#[path = "model/chains.rs"]
+mod chains;
 #[path = "model/guest.rs"]
 mod guest;
 #[path = "model/images.rs"]

@@ -521,6 +521,51 @@ fn both_licences_are_there_and_named() {
     demand(findings);
 }
 
+/// Rows of the fault catalogue that need a test, by letter.
+const ROWS: [(char, &[std::ops::RangeInclusive<u32>]); 2] =
+    [('Q', &[7..=16, 21..=22]), ('R', &[1..=16, 21..=21])];
+
+/// The rows of the table in `text` (`| Q7 | … | `file::test`, … |`) without a test, and the tests
+/// that `file_of` does not have.
+fn rows(text: &str, file_of: impl Fn(&str) -> Option<String>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (letter, numbers) in ROWS {
+        for row in numbers.iter().cloned().flatten().map(|number| format!("{letter}{number}")) {
+            let start = format!("| {row} |");
+            let named = text.lines().any(|line| line.starts_with(&start) && line.contains("::"));
+            if !named {
+                findings.push(format!("{row}: no test"));
+            }
+        }
+    }
+    let lines = text.lines().filter(|line| line.starts_with('|'));
+    for name in lines.flat_map(|line| line.split('`').skip(1).step_by(2)) {
+        let found = name
+            .split_once("::")
+            .is_some_and(|(file, test)| file_of(file).is_some_and(|text| has_test(&text, test)));
+        if !found {
+            findings.push(format!("{name}: no such test"));
+        }
+    }
+    findings
+}
+
+/// Whether `text`, Rust or Python, has the test `name`.
+fn has_test(text: &str, name: &str) -> bool {
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    lines.windows(2).any(|pair| {
+        let marked = pair[0] == "#[test]" && pair[1].starts_with(&format!("fn {name}("));
+        let case = pair[0].starts_with("@case(");
+        marked || (case && pair[1].starts_with(&format!("async def {name}(")))
+    })
+}
+
+#[test]
+fn each_row_of_the_fault_catalogue_has_a_test_that_exists() {
+    let text = fs::read_to_string(root().join("tests/ROWS.md")).unwrap_or_default();
+    demand(rows(&text, |file| fs::read_to_string(root().join(file)).ok()));
+}
+
 // -- the rules must be able to say no ---------------------------------------------------------
 
 fn planted(path: &str, text: &str) -> Source {
@@ -598,4 +643,20 @@ fn planted_arrows_are_found() {
     let fine = "[dependencies]\nliveblk-engine.workspace = true\n";
     assert!(arrows(&manifest("jobs", fine)).is_empty());
     assert_eq!(licences(&manifest("jobs", "[package]\nname = \"x\"\n")).len(), 1);
+}
+
+#[test]
+fn planted_rows_are_found() {
+    let file = |name: &str| (name == "a.rs").then(|| "#[test]\nfn works() {\n".to_owned());
+    let number = |letter: char| if letter == 'Q' { 1..=22 } else { 1..=21 };
+    let all: String = ['Q', 'R']
+        .iter()
+        .flat_map(|letter| {
+            number(*letter).map(move |at| format!("| {letter}{at} | x | `a.rs::works` |\n"))
+        })
+        .collect();
+    assert!(rows(&all, file).is_empty());
+    assert_eq!(rows(&all.replace("| Q9 |", "| Q99 |"), file), ["Q9: no test"]);
+    assert_eq!(rows(&format!("{all}| X | x | `a.rs::fails` |\n"), file).len(), 1);
+    assert_eq!(rows(&format!("{all}| X | x | `b.rs::works` |\n"), file).len(), 1);
 }

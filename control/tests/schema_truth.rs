@@ -12,6 +12,11 @@ use serde_json::Value;
 
 /// Additions of ours.
 static ADDITIONS: &[&str] = &[
+    "block-dirty-bitmap-add</follow? bool",
+    "block-export-add</+nbd/bitmap? str",
+    "query-block>[]/inserted?/dirty-bitmaps?[]/follow? bool",
+    "query-named-block-nodes>[]/dirty-bitmaps?[]/follow? bool",
+    "transaction</actions[]/+block-dirty-bitmap-add/data/follow? bool",
     "blockdev-backup</allow-larger-target? bool",
     "blockdev-mirror</allow-larger-target? bool",
     "transaction</actions[]/+blockdev-backup/data/allow-larger-target? bool",

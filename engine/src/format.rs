@@ -385,6 +385,25 @@ pub trait InternalSnapshots {
 
     /// Makes the disk what it was at the snapshot.
     fn apply(&self, id_or_name: &str) -> LocalFuture<'static, Result<()>>;
+
+    /// The disk as it was at the snapshot, with the size that it had: a read-only image over the
+    /// same storage. Reads of it take leases on this image; while it is open the snapshot cannot be
+    /// deleted (`Busy`), everything else of this image goes on. It can never become writable.
+    fn view(&self, which: SnapshotChoice) -> LocalFuture<'static, Result<Rc<dyn Format>>>;
+}
+
+/// Which snapshot inside an image is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotChoice {
+    /// The one with this id, else the first with this name.
+    Text(String),
+    /// The one with this id and this name, of which one may be left out.
+    Exact {
+        /// The id.
+        id: Option<String>,
+        /// The name.
+        name: Option<String>,
+    },
 }
 
 /// What of an image's new part is allocated at once (QMP `PreallocMode`).
@@ -497,6 +516,41 @@ pub trait StoredBitmaps {
 
     /// Adds the bits of `source`, which is for a disk of the same size; granularities may differ.
     fn merge(&self, name: &str, source: DirtyBitmap) -> LocalFuture<'static, Result<()>>;
+
+    /// From now on `kept` has the bits of this bitmap, which are those of the file now, and records
+    /// what is written; the format only marks the bitmap as in use and stores what `kept` says.
+    /// Changes of its bits through this trait are refused then.
+    fn keep(&self, name: &str, kept: Rc<dyn KeptBitmap>);
+
+    /// Makes a new bitmap whose bits `kept` has, marked as in use.
+    fn add_kept(
+        &self,
+        name: &str,
+        granularity: u64,
+        kept: Rc<dyn KeptBitmap>,
+    ) -> LocalFuture<'static, Result<()>>;
+
+    /// Says in the file, durably, that the bitmap is in use.
+    fn mark(&self, name: &str) -> LocalFuture<'static, Result<()>>;
+}
+
+/// Who has the bits of a bitmap while its image is open.
+///
+/// Duties: the bits contain everything that was written, when nothing is in flight; nothing is
+/// added to them before the file has the mark ([`StoredBitmaps::mark`]; for recorded writes the
+/// format sees to it before the first one begins).
+pub trait KeptBitmap: std::fmt::Debug {
+    /// The bits, to be stored.
+    fn bits(&self) -> DirtyBitmap;
+
+    /// Whether writes are recorded.
+    fn is_enabled(&self) -> bool;
+
+    /// Whether the file is behind although it has no mark.
+    fn is_changed(&self) -> bool;
+
+    /// The bits are in the file.
+    fn stored(&self);
 }
 
 /// A reference to a backing file as a header holds it.

@@ -65,3 +65,9 @@ pub const PACK_WINDOW: usize = 8;
 
 /// Pieces of one compressed write that are in flight together.
 pub const PACKED_FLYING: usize = 64;
+
+/// The longest name of a dirty bitmap in bytes.
+pub const BITMAP_NAME_MAX: usize = 1023;
+
+/// The largest granularity of a named dirty bitmap in bytes.
+pub const BITMAP_GRANULARITY_MAX: u64 = 2 << 30;

@@ -29,6 +29,8 @@ pub enum ExportError {
     NameTooLong(String),
     /// The description has more than 4096 bytes.
     DescriptionTooLong(String),
+    /// More bitmaps than an export shows.
+    TooManyBitmaps(usize),
     /// TLS was asked for.
     TlsUnsupported,
     /// The server cannot listen there.
@@ -56,6 +58,11 @@ impl fmt::Display for ExportError {
             }
             Self::NameTooLong(name) => write!(f, "export name '{name}' too long"),
             Self::DescriptionTooLong(text) => write!(f, "description '{text}' too long"),
+            Self::TooManyBitmaps(count) => write!(
+                f,
+                "{count} bitmaps in one export; at most {} are possible",
+                crate::limits::EXPORT_BITMAPS
+            ),
             Self::TlsUnsupported => f.write_str("TLS is not supported by this NBD server"),
             Self::Listen { address, source } => {
                 write!(f, "Failed to bind socket to {address}: {}", source.kind())

@@ -44,7 +44,10 @@ pub const SMALL_READ: u32 = 64 << 10;
 /// Chunks that one sparse read is cut into; the rest is one piece of data.
 pub const READ_CHUNKS: usize = 32;
 
-/// Runs in one reply to a block status (the protocol allows 131,072).
+/// Bitmaps that one export shows.
+pub const EXPORT_BITMAPS: usize = 1024;
+
+/// Runs in one reply to a block status, over all its contexts (the protocol allows 131,072 each).
 pub const STATUS_RUNS: usize = 8192;
 
 /// Bytes of disk that one look-up for a block status covers.

@@ -12,6 +12,7 @@ use liveblk_engine::executor::sync::Notify;
 use liveblk_engine::executor::{Class, Core};
 
 use crate::error::ExportError;
+use crate::limits::EXPORT_BITMAPS;
 use crate::nbd::wire::STRING_MAX;
 use crate::nbd::{ExportSpec, NbdExport, NbdServer, ServerConfig};
 
@@ -144,6 +145,10 @@ impl Exports {
             && text.len() > STRING_MAX
         {
             return Err(ExportError::DescriptionTooLong(text.clone()));
+        }
+        let bitmaps = spec.contexts.bitmaps.len();
+        if bitmaps > EXPORT_BITMAPS {
+            return Err(ExportError::TooManyBitmaps(bitmaps));
         }
         if server.has_name(&spec.name) {
             return Err(ExportError::NameInUse(spec.name));

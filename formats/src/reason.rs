@@ -84,6 +84,8 @@ pub enum Reason {
     L1Small,
     /// No snapshot has this id or name.
     SnapshotNotFound,
+    /// A snapshot that is to go is open to be read.
+    SnapshotViewed,
     /// Snapshots together with an external data file.
     SnapshotDataFile,
     /// The table of snapshots would have too many entries or bytes.
@@ -122,6 +124,8 @@ pub enum Reason {
     NeedsRebuild,
     /// New refcounts would take far more space than what they count.
     Scattered,
+    /// New refcounts do not fit on a device behind what is used (bytes needed, bytes there).
+    RebuildRoom(u64, u64),
     /// A dirty image whose refcounts could not be repaired.
     DirtyRepair(String),
     /// The new size is not a multiple of 512.
@@ -207,7 +211,7 @@ impl Reason {
             | Self::DirtyRepair(_) => ErrorKind::Io(5),
             Self::Scattered => ErrorKind::Unsupported,
             Self::SnapshotNotFound => ErrorKind::NotFound,
-            Self::ActiveBitmaps => ErrorKind::Busy,
+            Self::ActiveBitmaps | Self::SnapshotViewed => ErrorKind::Busy,
             Self::SnapshotsMany | Self::L1Grow => ErrorKind::Io(27),
             Self::RefcountOverflow(..)
             | Self::SnapshotName
@@ -219,7 +223,9 @@ impl Reason {
             | Self::DataFileUnexpected
             | Self::RawRange { .. }
             | Self::NotQcow2 => ErrorKind::InvalidArgument,
-            Self::TableFull | Self::HeaderFull | Self::HeaderUnsafe => ErrorKind::NoSpace,
+            Self::TableFull | Self::HeaderFull | Self::HeaderUnsafe | Self::RebuildRoom(..) => {
+                ErrorKind::NoSpace
+            }
             Self::Bitmap(reason) => reason.kind(),
             Self::ReferenceProtocol(_)
             | Self::ReferenceOutside { .. }
@@ -278,6 +284,7 @@ impl Reason {
             }
             Self::TableFull => "qcow2: The refcount table cannot grow any further",
             Self::SnapshotNotFound => "snapshot not found",
+            Self::SnapshotViewed => "The snapshot is being read; close its readers first",
             Self::SnapshotDataFile => {
                 "Images with an external data file cannot have internal snapshots"
             }
@@ -344,6 +351,11 @@ impl Reason {
             Self::Refcount(host) => {
                 write!(f, "qcow2: Image is corrupt: wrong refcount of the cluster at {host:#x}")
             }
+            Self::RebuildRoom(needed, there) => write!(
+                f,
+                "New refcounts need {needed} bytes behind what is used, and the device has {there} \
+                 there; enlarge the device, or copy it into a file and repair that"
+            ),
             Self::Bitmap(reason) => write!(f, "{reason}"),
             Self::NoBackingSupport(driver) => {
                 write!(f, "Driver '{driver}' does not support backing files")

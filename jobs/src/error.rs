@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use crate::chain_error::ChainError;
 use crate::lifecycle::{Status, Verb};
 
 /// Result of job operations.
@@ -138,6 +139,8 @@ pub enum JobError {
     },
     /// A job of this transaction was cancelled, or this one was.
     Cancelled,
+    /// A rule of stream or commit was broken.
+    Chain(ChainError),
     /// The engine refused or failed.
     Engine(liveblk_engine::Error),
 }
@@ -187,6 +190,45 @@ pub enum SnapshotError {
     File {
         /// Its path.
         path: Box<str>,
+        /// Why.
+        source: liveblk_engine::Error,
+    },
+    /// Internal: the node cannot be written.
+    ReadOnly {
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: the format holds no snapshots.
+    InternalUnsupported {
+        /// The format.
+        format: Box<str>,
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: the name is empty.
+    EmptyName,
+    /// Internal: the name is taken.
+    InternalExists {
+        /// The name.
+        name: Box<str>,
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: there is no such snapshot.
+    InternalMissing {
+        /// The id asked for, or `null`.
+        id: Box<str>,
+        /// The name asked for, or `null`.
+        name: Box<str>,
+        /// The node.
+        device: Box<str>,
+    },
+    /// Internal: the image did not take it.
+    Internal {
+        /// The name.
+        name: Box<str>,
+        /// The node.
+        device: Box<str>,
         /// Why.
         source: liveblk_engine::Error,
     },
@@ -256,6 +298,7 @@ impl fmt::Display for JobError {
                 "Action '{action}' does not support transaction property completion-mode = grouped"
             ),
             Self::Cancelled => f.write_str("Operation canceled"),
+            Self::Chain(error) => error.fmt(f),
             Self::Engine(error) => error.fmt(f),
         }
     }
@@ -282,6 +325,27 @@ impl fmt::Display for SnapshotError {
                 Some(detail) => write!(f, "Could not create '{path}': {detail}"),
                 None => write!(f, "Could not create '{path}': {}", source.kind()),
             },
+            Self::ReadOnly { device } => write!(f, "Device '{device}' is read only"),
+            Self::InternalUnsupported { format, device } => write!(
+                f,
+                "Block format '{format}' used by device '{device}' does not support internal \
+                 snapshots"
+            ),
+            Self::EmptyName => f.write_str("Name is empty"),
+            Self::InternalExists { name, device } => {
+                write!(f, "Snapshot with name '{name}' already exists on device '{device}'")
+            }
+            Self::InternalMissing { id, name, device } => write!(
+                f,
+                "Snapshot with id '{id}' and name '{name}' does not exist on device '{device}'"
+            ),
+            Self::Internal { name, device, source } => write!(
+                f,
+                "Failed to create snapshot '{name}' on device '{device}': {}",
+                source
+                    .detail()
+                    .map_or_else(|| source.kind().to_string(), |detail| detail.to_string())
+            ),
         }
     }
 }
@@ -289,9 +353,11 @@ impl fmt::Display for SnapshotError {
 impl StdError for JobError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
-            Self::Engine(error) | Self::Snapshot(SnapshotError::File { source: error, .. }) => {
-                Some(error)
-            }
+            Self::Engine(error)
+            | Self::Snapshot(
+                SnapshotError::File { source: error, .. }
+                | SnapshotError::Internal { source: error, .. },
+            ) => Some(error),
             _ => None,
         }
     }
@@ -300,6 +366,12 @@ impl StdError for JobError {
 impl From<liveblk_engine::Error> for JobError {
     fn from(error: liveblk_engine::Error) -> Self {
         Self::Engine(error)
+    }
+}
+
+impl From<ChainError> for JobError {
+    fn from(error: ChainError) -> Self {
+        Self::Chain(error)
     }
 }
 

@@ -13,6 +13,10 @@ pub enum Kind {
     Backup,
     /// Changes options of an image.
     Amend,
+    /// Gives a layer for its own what layers below it hold.
+    Stream,
+    /// Puts what layers hold into a layer below them.
+    Commit,
 }
 
 impl Kind {
@@ -22,13 +26,15 @@ impl Kind {
             Self::Mirror => "mirror",
             Self::Backup => "backup",
             Self::Amend => "amend",
+            Self::Stream => "stream",
+            Self::Commit => "commit",
         }
     }
 
     /// Whether it is a block job: one of `query-block-jobs` and the `block-job-*` commands.
     pub const fn is_block_job(self) -> bool {
         match self {
-            Self::Mirror | Self::Backup => true,
+            Self::Mirror | Self::Backup | Self::Stream | Self::Commit => true,
             Self::Amend => false,
         }
     }

@@ -37,6 +37,8 @@ pub struct Job {
     error: RefCell<Option<JobError>>,
     busy: Cell<bool>,
     nodes: Cell<Option<(NodeId, NodeId)>>,
+    /// Nodes of one chain that other jobs on chains must leave alone.
+    section: RefCell<Vec<NodeId>>,
     /// What the job owns until it is concluded.
     scope: RefCell<Vec<Box<dyn Any>>>,
     /// What job-finalize has to do.
@@ -67,6 +69,7 @@ impl Job {
             error: RefCell::new(None),
             busy: Cell::new(false),
             nodes: Cell::new(None),
+            section: RefCell::default(),
             scope: RefCell::default(),
             last_step: RefCell::new(None),
             decided: Cell::new(false),
@@ -271,6 +274,15 @@ impl Job {
     /// Remembers which nodes the job works on.
     pub(crate) fn set_nodes(&self, source: NodeId, target: NodeId) {
         self.nodes.set(Some((source, target)));
+    }
+
+    /// Remembers the section of a chain that the job works on.
+    pub(crate) fn set_section(&self, nodes: Vec<NodeId>) {
+        self.section.replace(nodes);
+    }
+
+    pub(crate) fn section_has(&self, node: NodeId) -> bool {
+        self.section.borrow().contains(&node)
     }
 
     /// Source and target.

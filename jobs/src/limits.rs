@@ -61,3 +61,10 @@ pub const PIVOT_BYTES_MAX: u64 = 32 << 20;
 
 /// The smallest unit of copy-before-write in bytes.
 pub const BACKUP_GRANULE_MIN: u64 = 64 << 10;
+
+/// The smallest unit of copies within a chain in bytes.
+pub const SECTION_GRANULE_MIN: u64 = 4 << 10;
+
+/// Nanoseconds that the end of a job waits for requests on old paths; after that the layers that
+/// are not needed any more are closed when those requests are over.
+pub const RETIRE_WAIT_NS: u64 = 5_000_000_000;

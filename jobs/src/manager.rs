@@ -106,16 +106,31 @@ impl JobManager {
         self.forget(job);
     }
 
-    /// The job that has `node` as its target, or mirrors it.
+    /// The job that has `node` as its target, or mirrors it, or is about to take its guests away.
     pub(crate) fn exclusive_user(&self, node: NodeId) -> Option<Kind> {
         self.user_where(|job, source, target| {
-            target == node || (source == node && job.kind() == Kind::Mirror)
+            let follows = matches!(job.kind(), Kind::Mirror | Kind::Commit);
+            target == node || (source == node && follows)
         })
+    }
+
+    /// The job that works on a section of a chain which `node` is in.
+    pub(crate) fn section_user(&self, node: NodeId) -> Option<Kind> {
+        let jobs = self.jobs.borrow();
+        let at_work = jobs.iter().filter(|job| job.status() < Status::Concluded);
+        let found = at_work.filter(|job| job.section_has(node)).next();
+        found.map(|job| job.kind())
+    }
+
+    /// The job that has `node` as its target.
+    pub(crate) fn target_user(&self, node: NodeId) -> Option<Kind> {
+        self.user_where(|_, _, target| target == node)
     }
 
     /// Any job that works on `node`.
     pub(crate) fn any_user(&self, node: NodeId) -> Option<Kind> {
-        self.user_where(|_, source, target| source == node || target == node)
+        let used = self.user_where(|_, source, target| source == node || target == node);
+        used.or_else(|| self.section_user(node))
     }
 
     fn user_where(&self, uses: impl Fn(&Job, NodeId, NodeId) -> bool) -> Option<Kind> {
@@ -171,7 +186,7 @@ impl JobManager {
         match (job.kind(), copy_mode) {
             (Kind::Mirror, CopyMode::Background) => Ok(()),
             (Kind::Mirror, mode) => Err(JobError::ChangeNotImplemented { mode: mode.name() }),
-            (Kind::Backup | Kind::Amend, _) => Err(JobError::ChangeUnsupported),
+            (_, _) => Err(JobError::ChangeUnsupported),
         }
     }
 
@@ -221,7 +236,7 @@ impl JobManager {
     }
 
     fn apply(&self, job: &Rc<Job>, verb: Verb, force: bool) -> Result<()> {
-        let completable = job.kind() == Kind::Mirror;
+        let completable = matches!(job.kind(), Kind::Mirror | Kind::Commit);
         let effect = job.life().borrow_mut().apply(job.id(), verb, force, completable)?;
         self.act(job, effect);
         Ok(())

@@ -25,7 +25,8 @@ use crate::manager::JobManager;
 /// A hook on a node, or its place.
 pub(crate) struct HookSlot {
     node: Rc<Node>,
-    hook: Rc<dyn WriteHook>,
+    /// None: a job that guests' writes do not concern.
+    hook: Option<Rc<dyn WriteHook>>,
     id: Cell<Option<HookId>>,
 }
 
@@ -44,12 +45,19 @@ pub(crate) type LastStep = LocalFuture<'static, Result<()>>;
 
 impl HookSlot {
     pub(crate) fn new(node: &Rc<Node>, hook: Rc<dyn WriteHook>) -> Rc<Self> {
-        Rc::new(Self { node: Rc::clone(node), hook, id: Cell::new(None) })
+        Rc::new(Self { node: Rc::clone(node), hook: Some(hook), id: Cell::new(None) })
+    }
+
+    /// The place of a job that needs no hook.
+    pub(crate) fn empty(node: &Rc<Node>) -> Rc<Self> {
+        Rc::new(Self { node: Rc::clone(node), hook: None, id: Cell::new(None) })
     }
 
     /// Only inside a cut of the node.
     pub(crate) fn install(&self) {
-        self.id.set(Some(self.node.add_hook(Rc::clone(&self.hook))));
+        if let Some(hook) = &self.hook {
+            self.id.set(Some(self.node.add_hook(Rc::clone(hook))));
+        }
     }
 
     /// Only inside a cut of the node; a second time does nothing.
@@ -199,7 +207,9 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
     // What a backup has written so far may be looked at; a mirror's target is nothing until READY.
     let shared = match job.kind() {
         Kind::Mirror => Permissions::WRITE_UNCHANGED,
-        Kind::Backup | Kind::Amend => Permissions::ALL & !Permissions::RESIZE,
+        Kind::Backup | Kind::Amend | Kind::Stream | Kind::Commit => {
+            Permissions::ALL & !Permissions::RESIZE
+        }
     };
     let write = Permissions { perm: Permissions::WRITE, shared };
     let source = graph.use_node(source, user(Role::Source), read)?;

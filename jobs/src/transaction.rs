@@ -1,8 +1,9 @@
-//! Transactions: several snapshots and backups at one instant, all or nothing.
+//! Transactions: snapshots, backups and changes of dirty bitmaps at one instant, all or nothing.
 //!
 //! Order: (1) checks; (2) prepare every action in list order, each on the core of its node (files
 //! are created, nothing that runs is touched); (3) publish the new files; (4) one cut over all
-//! nodes of all actions on all cores, in which every action swaps (memory only); (5) commit: jobs
+//! nodes of all actions on all cores: with nothing in flight images take their own snapshots, then
+//! every action swaps (memory only); (5) commit: jobs
 //! start; (6) finish: old layers become read-only. The first failure before the swaps of (4) undoes
 //! everything in reverse order and is the answer.
 //!
@@ -12,12 +13,15 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use liveblk_engine::ErrorKind;
 use liveblk_engine::executor::{Class, Core, CoreId};
-use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
+use liveblk_engine::graph::{BeforeSwap, CutPart, Graph, Swap, cut};
 use liveblk_engine::node::NodeId;
 
 use crate::backup::prepare_backup;
+use crate::bitmaps::{BitmapAction, PreparedBitmap};
 use crate::error::{JobError, Result};
+use crate::internal::{self, InternalSnapshot, PreparedInternal};
 use crate::limits::{ACTIONS, CUT_WAIT_NS};
 use crate::snapshot::{self, PreparedSnapshot, SnapshotFile};
 use crate::spec::{BackupSpec, JobOptions, SyncMode};
@@ -48,8 +52,12 @@ pub enum Action {
     },
     /// `blockdev-snapshot-sync`.
     SnapshotFile(SnapshotFile),
+    /// `blockdev-snapshot-internal-sync`.
+    InternalSnapshot(InternalSnapshot),
     /// `blockdev-backup`.
     Backup(BackupAction),
+    /// A change of dirty bitmaps.
+    Bitmap(BitmapAction),
 }
 
 /// A backup in a transaction.
@@ -76,7 +84,9 @@ impl Action {
             Self::Abort => "abort",
             Self::Snapshot { .. } => "blockdev-snapshot",
             Self::SnapshotFile(_) => "blockdev-snapshot-sync",
+            Self::InternalSnapshot(_) => "blockdev-snapshot-internal-sync",
             Self::Backup(_) => "blockdev-backup",
+            Self::Bitmap(action) => action.name(),
         }
     }
 }
@@ -118,7 +128,9 @@ struct Set {
 
 enum Step {
     Snapshot(PreparedSnapshot),
+    Internal(PreparedInternal),
     Backup(Prepared),
+    Bitmap(PreparedBitmap),
 }
 
 impl Staged {
@@ -140,14 +152,19 @@ impl Step {
     fn nodes(&self) -> Vec<NodeId> {
         match self {
             Self::Snapshot(snapshot) => snapshot.nodes(),
+            Self::Internal(snapshot) => snapshot.nodes(),
             Self::Backup(backup) => vec![backup.copy.source().id()],
+            Self::Bitmap(bitmap) => bitmap.nodes(),
         }
     }
 
     fn swap(&self, graph: &Rc<Graph>) {
         match self {
             Self::Snapshot(snapshot) => snapshot.swap(graph),
+            // Taken before the swaps.
+            Self::Internal(_) => {}
             Self::Backup(backup) => backup.slot.install(),
+            Self::Bitmap(bitmap) => bitmap.swap(),
         }
     }
 }
@@ -189,7 +206,7 @@ fn check(actions: &[(CoreId, Action)], completion: CompletionMode) -> Result<()>
     }
     if completion == CompletionMode::Grouped {
         for (_, action) in actions {
-            if !matches!(action, Action::Backup(_)) {
+            if !matches!(action, Action::Backup(_) | Action::Bitmap(_)) {
                 return Err(JobError::NotGrouped { action: action.name() });
             }
         }
@@ -231,6 +248,7 @@ async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Res
             Step::Snapshot(snapshot::prepare_nodes(core, &node, &overlay)?)
         }
         Action::SnapshotFile(spec) => Step::Snapshot(snapshot::prepare_file(core, spec).await?),
+        Action::InternalSnapshot(spec) => Step::Internal(internal::prepare(core, spec)?),
         Action::Backup(backup) => {
             let txn = if grouped { staged.group(number) } else { JobTxn::new() };
             let spec = BackupSpec {
@@ -243,6 +261,7 @@ async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Res
             };
             Step::Backup(prepare_backup(spec, &txn)?)
         }
+        Action::Bitmap(action) => Step::Bitmap(PreparedBitmap::new(core, action).await?),
     };
     let nodes = step.nodes();
     staged.sets.borrow_mut().entry(number).or_default().steps.push(step);
@@ -260,18 +279,16 @@ impl Staged {
 async fn publish_and_cut(
     core: &Core,
     number: u64,
-    parts: BTreeMap<CoreId, Vec<NodeId>>,
+    mut parts: BTreeMap<CoreId, Vec<NodeId>>,
 ) -> Result<()> {
-    for home in parts.keys() {
-        let published = core.call(*home, move |core| async move {
-            let mut steps = Staged::of(&core).take(number);
-            let result = publish(&core, &mut steps).await;
-            let set = Set { steps, group: None };
-            Staged::of(&core).sets.borrow_mut().insert(number, set);
-            result
-        });
-        published.await.ok_or_else(core_gone)??;
+    let homes: Vec<CoreId> = parts.keys().copied().collect();
+    for home in homes.clone() {
+        with_steps(core, home, number, async |core, steps| publish(core, steps).await).await?;
     }
+    let failed: Rc<RefCell<Option<JobError>>> = Rc::default();
+    let mut take = Some(take_internal(core, number, homes, Rc::clone(&failed)));
+    // What runs before the swaps belongs to the part of this core.
+    parts.entry(core.id()).or_default();
     let part = |(home, nodes)| {
         let swap = move |graph: &Rc<Graph>| {
             let staged = Staged::of(graph.core());
@@ -281,10 +298,62 @@ async fn publish_and_cut(
             }
         };
         let swap = Swap::Remote(Box::new(swap));
-        CutPart { core: home, nodes, flush: true, before_swap: None, swap }
+        let before_swap = if home == core.id() { take.take() } else { None };
+        CutPart { core: home, nodes, flush: true, before_swap, swap }
     };
-    cut(core, parts.into_iter().map(part).collect(), CUT_WAIT_NS).await?;
-    Ok(())
+    let parts = parts.into_iter().map(part).collect();
+    let done = cut(core, parts, CUT_WAIT_NS).await;
+    match failed.take() {
+        Some(error) => Err(error),
+        None => Ok(done?),
+    }
+}
+
+/// With all gates closed: images take their own snapshots. What goes wrong is left in `failed`.
+fn take_internal(
+    core: &Core,
+    number: u64,
+    homes: Vec<CoreId>,
+    failed: Rc<RefCell<Option<JobError>>>,
+) -> BeforeSwap {
+    let core = core.clone();
+    Box::new(move |_| {
+        Box::pin(async move {
+            for home in homes {
+                let taken = with_steps(&core, home, number, async |_, steps| {
+                    for step in steps {
+                        if let Step::Internal(snapshot) = step {
+                            snapshot.take().await?;
+                        }
+                    }
+                    Ok(())
+                });
+                if let Err(error) = taken.await {
+                    failed.replace(Some(error));
+                    let (kind, what) = (ErrorKind::Cancelled, "take the snapshots");
+                    return Err(liveblk_engine::Error::new(kind, what));
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Runs `work` on the steps that a core has prepared.
+async fn with_steps(
+    core: &Core,
+    home: CoreId,
+    number: u64,
+    work: impl AsyncFnOnce(&Core, &mut [Step]) -> Result<()> + Send + 'static,
+) -> Result<()> {
+    let done = core.call(home, move |core| async move {
+        let mut steps = Staged::of(&core).take(number);
+        let result = work(&core, &mut steps).await;
+        let set = Set { steps, group: None };
+        Staged::of(&core).sets.borrow_mut().insert(number, set);
+        result
+    });
+    done.await.ok_or_else(core_gone)?
 }
 
 async fn publish(core: &Core, steps: &mut [Step]) -> Result<()> {
@@ -297,12 +366,18 @@ async fn publish(core: &Core, steps: &mut [Step]) -> Result<()> {
 }
 
 async fn commit(steps: Vec<Step>) {
-    let mut snapshots = Vec::new();
+    let (mut snapshots, mut bitmaps) = (Vec::new(), Vec::new());
     for step in steps {
         match step {
             Step::Backup(backup) => drop(backup.commit()),
             Step::Snapshot(snapshot) => snapshots.push(snapshot),
+            Step::Internal(_) => {}
+            Step::Bitmap(bitmap) => bitmaps.push(bitmap),
         }
+    }
+    // Bitmaps first: a node that becomes read-only stores what is left.
+    for bitmap in bitmaps {
+        bitmap.finish().await;
     }
     for snapshot in snapshots {
         snapshot.finish().await;
@@ -314,13 +389,12 @@ async fn abort(core: &Core, steps: Vec<Step>) {
         match step {
             Step::Backup(backup) => backup.abort(),
             Step::Snapshot(snapshot) => snapshot.abort(core).await,
+            Step::Internal(snapshot) => snapshot.abort().await,
+            Step::Bitmap(bitmap) => bitmap.abort().await,
         }
     }
 }
 
 fn core_gone() -> JobError {
-    JobError::Engine(liveblk_engine::Error::new(
-        liveblk_engine::ErrorKind::Cancelled,
-        "reach another core",
-    ))
+    JobError::Engine(liveblk_engine::Error::new(ErrorKind::Cancelled, "reach another core"))
 }

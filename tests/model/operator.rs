@@ -11,6 +11,7 @@ use liveblk::jobs::{
 };
 use liveblk::{BackingSource, ErrorKind, Job, Status};
 
+use super::chains;
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
 use super::ledger::{Tick, Window};
@@ -51,12 +52,13 @@ pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
 
 async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let deep = world.chain(index).len() >= LAYERS_MAX;
-    match rng.below(12) {
+    match rng.below(15) {
         _ if deep => mirror(world, index, rng, Ending::Complete).await,
         0..3 => backup(world, index, rng, 0).await,
         3..6 => mirror(world, index, rng, Ending::Complete).await,
         6..8 => mirror(world, index, rng, Ending::Keep).await,
         8 => mirror(world, index, rng, Ending::Abandon).await,
+        9..12 => chains::shorten(world, index, rng).await,
         _ => together::snapshots(world, &[index], rng).await,
     }
 }
@@ -170,7 +172,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
 }
 
 /// Pauses and resumes a job, and limits its speed for a while.
-async fn meddle(world: &Rc<World>, job: &Rc<Job>, rng: &mut Rng) {
+pub(crate) async fn meddle(world: &Rc<World>, job: &Rc<Job>, rng: &mut Rng) {
     if rng.chance(700) {
         return;
     }

@@ -3,9 +3,9 @@
 //! Owns: which class an error has, and which part of its text is a hint for people. Promises: the
 //! text is the one that the crate below gives; nothing is reworded here.
 
-use liveblk_engine::{Error, ErrorKind};
+use liveblk_engine::Error;
 use liveblk_exports::ExportError;
-use liveblk_jobs::JobError;
+use liveblk_jobs::{ChainError, JobError};
 
 use crate::qmp::{ErrorClass, QmpError};
 
@@ -56,12 +56,11 @@ impl From<Failure> for QmpError {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let text = error.to_string();
-        // Who holds the lock is a hint: the peer's clients compare the first line.
+        // Who holds a lock, or what could be done, is a hint: the peer's clients compare the first
+        // line.
         match text.split_once('\n') {
-            Some((desc, hint)) if error.kind() == ErrorKind::Locked => {
-                Self::generic(desc).hinted(hint)
-            }
-            _ => Self::generic(text),
+            Some((desc, hint)) => Self::generic(desc).hinted(hint),
+            None => Self::generic(text),
         }
     }
 }
@@ -72,6 +71,10 @@ impl From<JobError> for Failure {
             JobError::BlockJobNotFound { .. } => {
                 let desc = error.to_string();
                 Self { class: ErrorClass::DeviceNotActive, desc, hint: None }
+            }
+            JobError::Chain(ChainError::DeviceNotFound(_)) => {
+                let desc = error.to_string();
+                Self { class: ErrorClass::DeviceNotFound, desc, hint: None }
             }
             JobError::Engine(error) => error.into(),
             other => Self::generic(other.to_string()),

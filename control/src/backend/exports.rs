@@ -2,9 +2,11 @@
 //!
 //! Owns: the order of the peer's refusals. Does not: speak NBD.
 
+use std::rc::Rc;
+
 use liveblk_engine::ErrorKind;
-use liveblk_engine::node::{Disk, User};
-use liveblk_exports::nbd::{ExportSpec, ServerConfig};
+use liveblk_engine::node::{BitmapAccess, Disk, Node, User};
+use liveblk_exports::nbd::{ContextOffer, ExportSpec, ServerConfig};
 use liveblk_exports::{ExportError, RemoveMode};
 
 use super::control::{Control, Result};
@@ -49,8 +51,7 @@ impl Control {
         } else if export.fixed_iothread {
             return Err(Failure::generic("Option 'fixed-iothread' needs 'iothread'"));
         }
-        let ExportKind::Nbd(nbd) = export.kind;
-        check_contexts(&nbd)?;
+        let ExportKind::Nbd(nbd) = export.kind.clone();
         if export.writable && !node.is_writable() {
             return Err(ExportError::ReadOnlyNode.into());
         }
@@ -60,7 +61,9 @@ impl Control {
                 ErrorKind::ReadOnly => ExportError::ReadOnlyNode.into(),
                 _ => Failure::from(error),
             })?;
+        let contexts = self.contexts(&node, &nbd, &export)?;
         self.exports.add_nbd(ExportSpec {
+            contexts,
             id: export.id.clone(),
             name: nbd.name.unwrap_or(export.node_name),
             description: nbd.description,
@@ -74,6 +77,31 @@ impl Control {
         Ok(())
     }
 
+    /// The metadata contexts of an export; its bitmaps are busy from now on.
+    fn contexts(
+        &self,
+        node: &Rc<Node>,
+        nbd: &NbdExportOptions,
+        export: &BlockExportAdd,
+    ) -> Result<ContextOffer> {
+        let one = nbd.bitmap.iter().cloned().map(BitmapRef::Name);
+        let held = one.chain(nbd.bitmaps.iter().cloned()).map(|reference| {
+            let (node, name) = match reference {
+                BitmapRef::Name(name) => (holder(node, &name)?, name),
+                BitmapRef::OnNode { node, name } => (self.bitmap_node(&node)?, name),
+            };
+            let name = name.as_str();
+            let bitmap = node.bitmap(name)?;
+            if !export.writable && bitmap.is_enabled() && node.is_writable() {
+                let desc = format!("Enabled bitmap '{name}' incompatible with readonly export");
+                return Err(Failure::generic(desc));
+            }
+            Ok(node.hold_bitmap(name, &export.id, BitmapAccess::Read)?)
+        });
+        let bitmaps = held.collect::<Result<Rc<[_]>>>()?;
+        Ok(ContextOffer { depth: nbd.allocation_depth, bitmaps })
+    }
+
     /// `block-export-del`.
     pub(super) fn remove_export(&self, export: &BlockExportDel) -> Result<()> {
         let mode = match export.mode {
@@ -85,16 +113,14 @@ impl Control {
     }
 }
 
-/// Metadata contexts that this version cannot offer.
-fn check_contexts(nbd: &NbdExportOptions) -> Result<()> {
-    if nbd.allocation_depth {
-        let desc = "Option 'allocation-depth' is not supported by this version";
-        return Err(Failure::generic(desc));
-    }
-    match nbd.bitmaps.first() {
-        None => Ok(()),
-        Some(BitmapRef::Name(name) | BitmapRef::OnNode { name, .. }) => {
-            Err(Failure::generic(format!("Bitmap '{name}' is not found")))
+/// The first node from `node` down that has a bitmap called `name`.
+fn holder(node: &Rc<Node>, name: &str) -> Result<Rc<Node>> {
+    let mut at = Some(Rc::clone(node));
+    while let Some(node) = at {
+        if node.bitmap(name).is_ok() {
+            return Ok(node);
         }
+        at = node.backing();
     }
+    Err(Failure::generic(format!("Bitmap '{name}' is not found")))
 }

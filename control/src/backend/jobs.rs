@@ -10,8 +10,10 @@ use liveblk_jobs::{
     start_mirror,
 };
 
+use super::bitmaps::bitmap_action;
 use super::control::{Control, Result};
 use super::errors::Failure;
+use super::internal::internal_snapshot;
 use crate::schema::{
     self, BackupPerf, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevSnapshot,
     BlockdevSnapshotSync, MirrorCopyMode, Transaction, TransactionAction,
@@ -126,10 +128,7 @@ impl Control {
             schema::CompletionMode::Grouped => CompletionMode::Grouped,
         };
         if completion == CompletionMode::Grouped {
-            let other = transaction
-                .actions
-                .iter()
-                .find(|action| !matches!(action, TransactionAction::Backup(_)));
+            let other = transaction.actions.iter().find(|action| !may_be_grouped(action));
             if let Some(action) = other {
                 return Err(JobError::NotGrouped { action: action.name() }.into());
             }
@@ -139,7 +138,11 @@ impl Control {
         self.run_transaction(actions, completion).await
     }
 
-    async fn run_transaction(&self, actions: Vec<Action>, mode: CompletionMode) -> Result<()> {
+    pub(super) async fn run_transaction(
+        &self,
+        actions: Vec<Action>,
+        mode: CompletionMode,
+    ) -> Result<()> {
         let home: CoreId = self.core.id();
         let created: Vec<SnapshotFile> = actions.iter().filter_map(created_file).collect();
         let actions = actions.into_iter().map(|action| (home, action)).collect();
@@ -159,7 +162,11 @@ impl Control {
             TransactionAction::Snapshot(BlockdevSnapshot { node, overlay }) => {
                 Ok(Action::Snapshot { node, overlay })
             }
+            TransactionAction::SnapshotInternal(snapshot) => {
+                Ok(Action::InternalSnapshot(internal_snapshot(snapshot)))
+            }
             TransactionAction::SnapshotSync(snapshot) => self.snapshot_action(snapshot),
+            TransactionAction::Bitmap(change) => Ok(Action::Bitmap(bitmap_action(change)?)),
             TransactionAction::Backup(backup) => {
                 self.check_backup(&backup)?;
                 Ok(Action::Backup(BackupAction {
@@ -192,6 +199,11 @@ impl Control {
             },
         }))
     }
+}
+
+/// Whether an action goes with jobs that end together; the peer takes nothing but backups.
+fn may_be_grouped(action: &TransactionAction) -> bool {
+    matches!(action, TransactionAction::Backup(_) | TransactionAction::Bitmap(_))
 }
 
 /// The snapshot, if its file is made here.
@@ -240,7 +252,8 @@ fn sync_mode(mode: schema::SyncMode) -> SyncMode {
     }
 }
 
-fn on_error(policy: schema::OnError) -> OnError {
+/// The policy as jobs know it.
+pub(super) fn on_error(policy: schema::OnError) -> OnError {
     match policy {
         schema::OnError::Report => OnError::Report,
         schema::OnError::Ignore => OnError::Ignore,

@@ -8,11 +8,15 @@
 //! Order rules at the end: 1. exports stop taking requests; 2. jobs are ended by force, with their
 //! events; 3. the exports are gone; 4. the answer to `quit` leaves; 5. nodes are closed.
 
+mod bitmaps;
+mod chains;
 mod control;
 mod errors;
 mod events;
 mod exports;
 mod handle;
+mod image_opts;
+mod internal;
 mod jobs;
 mod nodes;
 mod objects;
@@ -21,3 +25,4 @@ mod sockets;
 
 pub use errors::Failure;
 pub use handle::{EngineBackend, Settings};
+pub use image_opts::ImageOpts;

@@ -10,6 +10,7 @@ use liveblk_engine::format::{BackingRef, InfoValue};
 use liveblk_engine::node::Node;
 use serde_json::{Map, Value, json};
 
+use super::bitmaps::dirty_bitmaps;
 use super::control::Control;
 
 impl Control {
@@ -50,6 +51,7 @@ impl Control {
         });
         info.insert("cache".to_owned(), cache);
         info.insert("file".to_owned(), json!(node.filename()));
+        info.extend(dirty_bitmaps(node).map(|bitmaps| ("dirty-bitmaps".to_owned(), bitmaps)));
         Value::Object(info)
     }
 

@@ -16,6 +16,21 @@ pub(super) static VERSION: ObjectType = object(
 );
 pub(super) static COMMAND_INFO: ObjectType = object("CommandInfo", &[need("name", Type::Str)]);
 
+/// A snapshot inside an image.
+pub(super) static SNAPSHOT_INFO: ObjectType = object(
+    "SnapshotInfo",
+    &[
+        need("id", Type::Str),
+        need("name", Type::Str),
+        need("vm-state-size", INT),
+        need("date-sec", INT),
+        need("date-nsec", INT),
+        need("vm-clock-sec", INT),
+        need("vm-clock-nsec", INT),
+        may("icount", INT),
+    ],
+);
+
 static STR: Type = Type::Str;
 static META_TYPE: EnumType = words(
     "SchemaMetaType",
@@ -204,6 +219,8 @@ static DIRTY_INFO: ObjectType = object(
         need("recording", Type::Bool),
         need("busy", Type::Bool),
         need("persistent", Type::Bool),
+        may("inconsistent", Type::Bool),
+        may("follow", Type::Bool),
     ],
 );
 static DIRTY_INFO_TYPE: Type = Type::Object(&DIRTY_INFO);

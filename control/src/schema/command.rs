@@ -4,9 +4,10 @@
 //! the argument check. Does not: hold commands that the front-end answers itself.
 
 use super::{
-    BlockExportAdd, BlockExportDel, BlockJobChange, BlockdevAmend, BlockdevBackup, BlockdevMirror,
-    BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync, NbdServerOptions, ObjectAdd,
-    Transaction,
+    BitmapChange, BitmapOf, BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange,
+    BlockStream, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot,
+    BlockdevSnapshotDelete, BlockdevSnapshotInternal, BlockdevSnapshotSync, NbdServerOptions,
+    ObjectAdd, Transaction,
 };
 
 /// What can be asked of a job without further arguments.
@@ -91,12 +92,24 @@ pub enum Command {
     BlockdevMirror(Box<BlockdevMirror>),
     /// `blockdev-backup`.
     BlockdevBackup(Box<BlockdevBackup>),
+    /// `block-stream`.
+    BlockStream(Box<BlockStream>),
+    /// `block-commit`.
+    BlockCommit(Box<BlockCommit>),
+    /// A change of dirty bitmaps.
+    Bitmap(BitmapChange),
+    /// `x-debug-block-dirty-bitmap-sha256`.
+    BitmapSha256(BitmapOf),
     /// `x-blockdev-amend`.
     BlockdevAmend(BlockdevAmend),
     /// `blockdev-snapshot`.
     BlockdevSnapshot(BlockdevSnapshot),
     /// `blockdev-snapshot-sync`.
     BlockdevSnapshotSync(BlockdevSnapshotSync),
+    /// `blockdev-snapshot-internal-sync`.
+    SnapshotInternal(BlockdevSnapshotInternal),
+    /// `blockdev-snapshot-delete-internal-sync`.
+    SnapshotDelete(BlockdevSnapshotDelete),
     /// `transaction`.
     Transaction(Transaction),
     /// `nbd-server-start`.

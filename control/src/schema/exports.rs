@@ -79,16 +79,17 @@ pub static NBD_SERVER_OPTIONS: ObjectType = object(
 );
 
 pub(super) static EXPORT_TYPE: EnumType = words("BlockExportType", &["nbd"]);
-static BITMAP: ObjectType =
+pub(super) static BITMAP: ObjectType =
     object("BlockDirtyBitmap", &[need("node", Type::Str), need("name", Type::Str)]);
 static BITMAP_OR_NAME: AlternateType =
     AlternateType { name: "BlockDirtyBitmapOrStr", choices: &[Type::Str, Type::Object(&BITMAP)] };
-static BITMAP_REFERENCE: Type = Type::Alternate(&BITMAP_OR_NAME);
+pub(super) static BITMAP_REFERENCE: Type = Type::Alternate(&BITMAP_OR_NAME);
 static NBD_EXPORT: ObjectType = object(
     "BlockExportOptionsNbd",
     &[
         may("name", Type::Str),
         may("description", Type::Str),
+        may("bitmap", Type::Str),
         may("bitmaps", Type::Array(&BITMAP_REFERENCE)),
         may("allocation-depth", Type::Bool),
     ],
@@ -257,6 +258,8 @@ pub struct NbdExportOptions {
     pub name: Option<String>,
     /// Text for clients that list exports.
     pub description: Option<String>,
+    /// A bitmap offered as metadata context: the form that the peer's manual page promises.
+    pub bitmap: Option<String>,
     /// Bitmaps offered as metadata contexts.
     pub bitmaps: Vec<BitmapRef>,
     /// Whether the allocation depth is offered as metadata context.

@@ -24,7 +24,7 @@ pub(super) static JOB_TYPE: EnumType = words(
 );
 static MIRROR_SYNC: EnumType =
     words("MirrorSyncMode", &["top", "full", "none", "incremental", "bitmap"]);
-static ON_ERROR: EnumType =
+pub(super) static ON_ERROR: EnumType =
     words("BlockdevOnError", &["report", "ignore", "enospc", "stop", "auto"]);
 static COPY_MODE: EnumType = words("MirrorCopyMode", &["background", "write-blocking"]);
 static BITMAP_SYNC: EnumType = words("BitmapSyncMode", &["on-success", "never", "always"]);

@@ -8,7 +8,9 @@
 mod amend;
 mod answers;
 mod arguments;
+mod bitmaps;
 mod blockdev;
+mod chains;
 mod command;
 mod exports;
 mod introspect;
@@ -19,10 +21,12 @@ pub mod types;
 mod validate;
 
 pub use amend::{AmendOptions, BlockdevAmend};
+pub use bitmaps::{BitmapAdd, BitmapChange, BitmapMerge, BitmapOf};
 pub use blockdev::{
     AioMode, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard, DriverOptions,
     FileOptions, NodeOptions, OnOffAuto, Qcow2Options, RawOptions,
 };
+pub use chains::{BlockCommit, BlockStream, ChainJob};
 pub use command::{Command, JobVerb};
 pub use exports::{
     BitmapRef, BlockExportAdd, BlockExportDel, ExportKind, ExportRemoveMode, InetAddress,
@@ -36,8 +40,8 @@ pub use jobs::{
 };
 pub use table::{COMMANDS, CommandEntry, EVENTS, EventEntry, Run, command_entry};
 pub use transaction::{
-    BlockdevSnapshot, BlockdevSnapshotSync, CompletionMode, NewImageMode, Transaction,
-    TransactionAction,
+    BlockdevSnapshot, BlockdevSnapshotDelete, BlockdevSnapshotInternal, BlockdevSnapshotSync,
+    CompletionMode, NewImageMode, Transaction, TransactionAction,
 };
 pub(crate) use validate::parse_switch;
 pub use validate::{ArgumentError, Source, validate};

@@ -9,9 +9,10 @@ use std::sync::LazyLock;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::bitmaps::{self, BitmapChange};
 use super::command::{Command, JobVerb};
 use super::types::{EMPTY, ObjectType, Type};
-use super::{amend, answers, arguments, blockdev, exports, introspect, jobs, transaction};
+use super::{amend, answers, arguments, blockdev, chains, exports, introspect, jobs, transaction};
 use crate::qmp::version_info;
 
 /// A command.
@@ -177,6 +178,18 @@ pub static COMMANDS: &[CommandEntry] = &[
         Run::Execute(|value| Ok(Command::BlockJobChange(Deserialize::deserialize(value)?))),
     ),
     command(
+        "block-stream",
+        &chains::STREAM,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockStream(Box::deserialize(value)?))),
+    ),
+    command(
+        "block-commit",
+        &chains::COMMIT,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockCommit(Box::deserialize(value)?))),
+    ),
+    command(
         "blockdev-mirror",
         &jobs::MIRROR,
         NOTHING,
@@ -188,6 +201,49 @@ pub static COMMANDS: &[CommandEntry] = &[
         NOTHING,
         Run::Execute(|value| Ok(Command::BlockdevBackup(Box::deserialize(value)?))),
     ),
+    command(
+        "block-dirty-bitmap-add",
+        &bitmaps::ADD,
+        NOTHING,
+        Run::Execute(|value| bitmap("block-dirty-bitmap-add", value)),
+    ),
+    command(
+        "block-dirty-bitmap-remove",
+        bitmaps::ONE,
+        NOTHING,
+        Run::Execute(|value| bitmap("block-dirty-bitmap-remove", value)),
+    ),
+    command(
+        "block-dirty-bitmap-clear",
+        bitmaps::ONE,
+        NOTHING,
+        Run::Execute(|value| bitmap("block-dirty-bitmap-clear", value)),
+    ),
+    command(
+        "block-dirty-bitmap-enable",
+        bitmaps::ONE,
+        NOTHING,
+        Run::Execute(|value| bitmap("block-dirty-bitmap-enable", value)),
+    ),
+    command(
+        "block-dirty-bitmap-disable",
+        bitmaps::ONE,
+        NOTHING,
+        Run::Execute(|value| bitmap("block-dirty-bitmap-disable", value)),
+    ),
+    command(
+        "block-dirty-bitmap-merge",
+        &bitmaps::MERGE,
+        NOTHING,
+        Run::Execute(|value| bitmap("block-dirty-bitmap-merge", value)),
+    ),
+    CommandEntry {
+        name: "x-debug-block-dirty-bitmap-sha256",
+        arguments: bitmaps::ONE,
+        answer: Type::Object(&bitmaps::SHA256),
+        features: &["unstable"],
+        run: Run::Execute(|value| Ok(Command::BitmapSha256(Deserialize::deserialize(value)?))),
+    },
     CommandEntry {
         name: "x-blockdev-amend",
         arguments: &amend::AMEND,
@@ -207,6 +263,18 @@ pub static COMMANDS: &[CommandEntry] = &[
         &transaction::SNAPSHOT_SYNC,
         NOTHING,
         Run::Execute(|value| Ok(Command::BlockdevSnapshotSync(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-snapshot-internal-sync",
+        &transaction::SNAPSHOT_INTERNAL,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::SnapshotInternal(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-snapshot-delete-internal-sync",
+        &transaction::SNAPSHOT_DELETE,
+        Type::Object(&answers::SNAPSHOT_INFO),
+        Run::Execute(|value| Ok(Command::SnapshotDelete(Deserialize::deserialize(value)?))),
     ),
     command(
         "transaction",
@@ -270,6 +338,10 @@ const fn job(name: &'static str, run: Execute) -> CommandEntry {
 /// A command whose only argument is `device`.
 const fn block_job(name: &'static str, run: Execute) -> CommandEntry {
     command(name, &jobs::BY_DEVICE, NOTHING, Run::Execute(run))
+}
+
+fn bitmap(name: &str, value: Value) -> Result<Command, serde_json::Error> {
+    BitmapChange::command(name, value).map(Command::Bitmap)
 }
 
 fn verb(value: &Value, verb: JobVerb) -> Result<Command, serde_json::Error> {

@@ -6,12 +6,25 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use super::bitmaps::{self, BitmapChange};
 use super::jobs::{BACKUP, BlockdevBackup};
 use super::types::{EMPTY, EnumType, ObjectType, Type, Variants, may, need, object, words};
 
 static ACTION_KIND: EnumType = words(
     "TransactionActionKind",
-    &["abort", "blockdev-backup", "blockdev-snapshot", "blockdev-snapshot-sync"],
+    &[
+        "abort",
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-remove",
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-merge",
+        "blockdev-backup",
+        "blockdev-snapshot",
+        "blockdev-snapshot-internal-sync",
+        "blockdev-snapshot-sync",
+    ],
 );
 static COMPLETION: EnumType = words("ActionCompletionMode", &["individual", "grouped"]);
 static NEW_IMAGE: EnumType = words("NewImageMode", &["existing", "absolute-paths"]);
@@ -30,13 +43,28 @@ pub(super) static SNAPSHOT_SYNC: ObjectType = object(
     ],
 );
 
+pub(super) static SNAPSHOT_INTERNAL: ObjectType =
+    object("BlockdevSnapshotInternal", &[need("device", Type::Str), need("name", Type::Str)]);
+pub(super) static SNAPSHOT_DELETE: ObjectType = object(
+    "BlockdevSnapshotDeleteInternal",
+    &[need("device", Type::Str), may("id", Type::Str), may("name", Type::Str)],
+);
+
 static ABORT_WRAPPER: ObjectType = object("AbortWrapper", &[need("data", Type::Object(&EMPTY))]);
+static BITMAP_ADD_WRAPPER: ObjectType =
+    object("BlockDirtyBitmapAddWrapper", &[need("data", Type::Object(&bitmaps::ADD))]);
+static BITMAP_WRAPPER: ObjectType =
+    object("BlockDirtyBitmapWrapper", &[need("data", Type::Object(bitmaps::ONE))]);
+static BITMAP_MERGE_WRAPPER: ObjectType =
+    object("BlockDirtyBitmapMergeWrapper", &[need("data", Type::Object(&bitmaps::MERGE))]);
 static BACKUP_WRAPPER: ObjectType =
     object("BlockdevBackupWrapper", &[need("data", Type::Object(&BACKUP))]);
 static SNAPSHOT_WRAPPER: ObjectType =
     object("BlockdevSnapshotWrapper", &[need("data", Type::Object(&SNAPSHOT))]);
 static SNAPSHOT_SYNC_WRAPPER: ObjectType =
     object("BlockdevSnapshotSyncWrapper", &[need("data", Type::Object(&SNAPSHOT_SYNC))]);
+static SNAPSHOT_INTERNAL_WRAPPER: ObjectType =
+    object("BlockdevSnapshotInternalWrapper", &[need("data", Type::Object(&SNAPSHOT_INTERNAL))]);
 
 static ACTION: ObjectType = ObjectType {
     name: "TransactionAction",
@@ -45,8 +73,15 @@ static ACTION: ObjectType = ObjectType {
         tag: "type",
         cases: &[
             ("abort", &ABORT_WRAPPER),
+            ("block-dirty-bitmap-add", &BITMAP_ADD_WRAPPER),
+            ("block-dirty-bitmap-remove", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-clear", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-enable", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-disable", &BITMAP_WRAPPER),
+            ("block-dirty-bitmap-merge", &BITMAP_MERGE_WRAPPER),
             ("blockdev-backup", &BACKUP_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
+            ("blockdev-snapshot-internal-sync", &SNAPSHOT_INTERNAL_WRAPPER),
             ("blockdev-snapshot-sync", &SNAPSHOT_SYNC_WRAPPER),
         ],
     }),
@@ -100,6 +135,26 @@ pub struct BlockdevSnapshotSync {
     pub mode: NewImageMode,
 }
 
+/// Arguments of `blockdev-snapshot-internal-sync`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct BlockdevSnapshotInternal {
+    /// The node whose image gets the snapshot.
+    pub device: String,
+    /// The snapshot's name.
+    pub name: String,
+}
+
+/// Arguments of `blockdev-snapshot-delete-internal-sync`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct BlockdevSnapshotDelete {
+    /// The node whose image holds the snapshot.
+    pub device: String,
+    /// Its id.
+    pub id: Option<String>,
+    /// Its name.
+    pub name: Option<String>,
+}
+
 /// Whether the jobs of a transaction succeed or fail together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -116,10 +171,14 @@ pub enum CompletionMode {
 pub enum TransactionAction {
     /// Fails, for tests.
     Abort,
+    /// A change of dirty bitmaps.
+    Bitmap(BitmapChange),
     /// See [`BlockdevBackup`].
     Backup(Box<BlockdevBackup>),
     /// See [`BlockdevSnapshot`].
     Snapshot(BlockdevSnapshot),
+    /// See [`BlockdevSnapshotInternal`].
+    SnapshotInternal(BlockdevSnapshotInternal),
     /// See [`BlockdevSnapshotSync`].
     SnapshotSync(BlockdevSnapshotSync),
 }
@@ -129,8 +188,10 @@ impl TransactionAction {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Abort => "abort",
+            Self::Bitmap(change) => change.name(),
             Self::Backup(_) => "blockdev-backup",
             Self::Snapshot(_) => "blockdev-snapshot",
+            Self::SnapshotInternal(_) => "blockdev-snapshot-internal-sync",
             Self::SnapshotSync(_) => "blockdev-snapshot-sync",
         }
     }
@@ -146,10 +207,17 @@ impl<'de> Deserialize<'de> for TransactionAction {
                 BlockdevBackup::deserialize(data).map(|backup| Self::Backup(Box::new(backup)))
             }
             Some("blockdev-snapshot") => BlockdevSnapshot::deserialize(data).map(Self::Snapshot),
+            Some("blockdev-snapshot-internal-sync") => {
+                BlockdevSnapshotInternal::deserialize(data).map(Self::SnapshotInternal)
+            }
             Some("blockdev-snapshot-sync") => {
                 BlockdevSnapshotSync::deserialize(data).map(Self::SnapshotSync)
             }
-            _ => return Err(D::Error::custom("action without data")),
+            Some(name) => match BitmapChange::read(name, data) {
+                Some(change) => change.map(Self::Bitmap),
+                None => return Err(D::Error::custom("no such action")),
+            },
+            None => return Err(D::Error::custom("action without data")),
         };
         action.map_err(D::Error::custom)
     }

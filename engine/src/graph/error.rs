@@ -73,6 +73,8 @@ pub enum GraphError {
     },
     /// The format cannot have a backing file.
     NoBackingSupport(String),
+    /// What lies below the node was changed by a commit.
+    Stale(String),
     /// Requests did not end within the deadline.
     NotIdle {
         /// The node.
@@ -140,6 +142,10 @@ impl fmt::Display for GraphError {
             Self::NoBackingSupport(driver) => {
                 write!(f, "Driver '{driver}' does not support backing files")
             }
+            Self::Stale(name) => write!(
+                f,
+                "Node '{name}' cannot be used any more: a commit changed what lies below it"
+            ),
             Self::NotIdle { node, in_flight, waited_ms } => write!(
                 f,
                 "Node '{node}' did not become idle within {waited_ms} ms: {in_flight} requests \

@@ -9,9 +9,11 @@ mod data;
 mod error;
 mod open;
 mod registry;
+mod relink;
 
 pub use cut::{BeforeSwap, CutPart, Swap, cut};
 pub use data::DataFileSource;
 pub use error::GraphError;
 pub use open::{BackingSource, FileSource, FileSpec, OpenNode};
 pub use registry::{Graph, GraphConfig};
+pub use relink::Retired;

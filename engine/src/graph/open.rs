@@ -12,9 +12,13 @@ use super::data::{DataFileSource, Held};
 use super::error::GraphError;
 use super::registry::{Graph, GraphConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DataSource, Driver, Format, FormatOptions, OpenImage, ResolvedReference};
+use crate::format::{
+    DataSource, Driver, Format, FormatOptions, OpenImage, ResolvedReference, SnapshotChoice,
+};
 use crate::limits::CHAIN_DEPTH;
-use crate::node::{Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard};
+use crate::node::{
+    LoadedBitmap, Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard,
+};
 use crate::storage::{File, FileOptions, LockRequest, Storage};
 
 /// A file to be opened as a protocol node.
@@ -83,10 +87,15 @@ pub struct OpenNode {
     pub monitor_owned: bool,
     /// Options of the format by their QMP names.
     pub format_options: FormatOptions,
+    /// Whether the node takes over the dirty bitmaps that the image holds (otherwise the format
+    /// goes on with them).
+    pub bitmaps: bool,
     /// For raw: the first byte of the disk in the file.
     pub raw_offset: u64,
     /// For raw: bytes of the disk.
     pub raw_size: Option<u64>,
+    /// Instead of the disk as it is, what it was at this snapshot inside the image; read-only.
+    pub snapshot: Option<SnapshotChoice>,
 }
 
 impl OpenNode {
@@ -105,8 +114,10 @@ impl OpenNode {
             options: NodeOptions::default(),
             monitor_owned: false,
             format_options: FormatOptions::new(),
+            bitmaps: true,
             raw_offset: 0,
             raw_size: None,
+            snapshot: None,
         }
     }
 
@@ -131,6 +142,8 @@ struct Level {
     /// The node of the external data file.
     data: Option<Rc<Node>>,
     format: Rc<dyn Format>,
+    /// The dirty bitmaps that the file holds.
+    bitmaps: Vec<LoadedBitmap>,
     filename: PathBuf,
 }
 
@@ -150,7 +163,7 @@ impl Graph {
                 Ok(node) => return Ok(node),
                 Err((linked, error)) => {
                     if let Some(linked) = linked {
-                        self.remove_unused(&linked).await?;
+                        self.remove_if_unused(&linked).await?;
                     }
                     error
                 }
@@ -161,7 +174,7 @@ impl Graph {
             // The first error is the one to report; closing a fresh image loses nothing.
             let _ = level.format.close().await;
             for file in level.file.into_iter().chain(level.data) {
-                let _ = self.remove_unused(&file).await;
+                let _ = self.remove_if_unused(&file).await;
             }
         }
         Err(error)
@@ -231,6 +244,7 @@ impl Graph {
         });
         spec.writable = false;
         spec.force_share = overlay.force_share;
+        spec.bitmaps = overlay.bitmaps;
         spec.options = overlay.options.clone();
         Ok(spec)
     }
@@ -283,11 +297,14 @@ impl Graph {
             seen.push(data.identity());
         }
         match opened {
-            Ok((name, format)) => Ok(Level { spec, name, file, data, format, filename }),
+            Ok((name, format)) => {
+                let bitmaps = if spec.bitmaps { load_bitmaps(&format).await } else { Vec::new() };
+                Ok(Level { spec, name, file, data, format, bitmaps, filename })
+            }
             Err(error) => {
                 for file in file.iter().chain(&data) {
                     // The first error is the one to report.
-                    let _ = self.remove_unused(file).await;
+                    let _ = self.remove_if_unused(file).await;
                 }
                 Err(error)
             }
@@ -318,7 +335,11 @@ impl Graph {
             raw_offset: spec.raw_offset,
             raw_size: spec.raw_size,
         };
-        Ok((name, driver.open(open).await?))
+        let format = driver.open(open).await?;
+        match &spec.snapshot {
+            None => Ok((name, format)),
+            Some(which) => Ok((name, snapshot_view(format, which.clone(), spec.writable).await?)),
+        }
     }
 
     /// A node that is referred to by name in options.
@@ -499,16 +520,52 @@ impl Graph {
             backing,
         };
         let node = Node::new(self.core(), parts);
+        node.adopt_bitmaps(level.bitmaps);
         self.insert(&node, uses);
         node
     }
+}
 
-    async fn remove_unused(&self, node: &Rc<Node>) -> Result<()> {
-        if node.is_monitor_owned() || !node.users().is_empty() {
-            return Ok(());
-        }
-        self.remove(node).await
+/// The bitmaps that an image holds. One that cannot be read is inconsistent: it keeps nobody from
+/// the disk.
+async fn load_bitmaps(format: &Rc<dyn Format>) -> Vec<LoadedBitmap> {
+    let Some(file) = format.abilities().bitmaps else { return Vec::new() };
+    let mut loaded = Vec::new();
+    for info in file.list() {
+        let bits = match info.inconsistent {
+            true => None,
+            false => match file.load(&info.name).await {
+                Ok(bits) => Some(bits),
+                Err(error) => {
+                    tracing::warn!(bitmap = info.name, %error, "a bitmap cannot be read");
+                    None
+                }
+            },
+        };
+        let (name, granularity, enabled) = (info.name, info.granularity, info.enabled);
+        loaded.push(LoadedBitmap { name, granularity, enabled, bits });
     }
+    loaded
+}
+
+/// What the disk of `image` was at a snapshot; `image` is closed if that cannot be shown.
+async fn snapshot_view(
+    image: Rc<dyn Format>,
+    which: SnapshotChoice,
+    writable: bool,
+) -> Result<Rc<dyn Format>> {
+    const OP: &str = "open a snapshot";
+    let held = image.abilities().snapshots;
+    let view = match held {
+        _ if writable => Err(Error::new(ErrorKind::ReadOnly, OP)),
+        Some(held) => held.view(which).await,
+        None => Err(Error::new(ErrorKind::Unsupported, OP)),
+    };
+    if view.is_err() {
+        // The first error is the one to report.
+        let _ = image.close().await;
+    }
+    view
 }
 
 fn spec_file(spec: &OpenNode) -> String {

@@ -189,6 +189,13 @@ impl Graph {
         self.nodes.borrow_mut().insert(node.id(), entry);
     }
 
+    /// Gives the uses that node `id` has of its children to `change`.
+    pub(super) fn with_children(&self, id: NodeId, change: impl FnOnce(&mut Vec<UserGuard>)) {
+        if let Some(entry) = self.nodes.borrow_mut().get_mut(&id) {
+            change(&mut entry.children);
+        }
+    }
+
     /// Closes a node and the unnamed children that nobody else uses.
     ///
     /// # Errors
@@ -205,7 +212,13 @@ impl Graph {
     /// `Busy` with the text that says what uses it.
     pub fn check_removable(&self, node: &Node) -> Result<()> {
         let name = node.name().to_string();
-        let Some(user) = node.users().into_iter().next() else { return Ok(()) };
+        // Guests are told first, then jobs, as the peer does.
+        let rank = |user: &User| match user {
+            User::Guest { .. } => 0,
+            User::Job { .. } => 1,
+            _ => 2,
+        };
+        let Some(user) = node.users().into_iter().min_by_key(rank) else { return Ok(()) };
         Err(match user {
             User::Guest { .. } => GraphError::InUse(name),
             User::Overlay { node: parent } => {
@@ -266,7 +279,8 @@ impl Graph {
         result
     }
 
-    /// Moves every attachment of `from` to `to`. Only inside a cut of both nodes.
+    /// Moves every attachment of `from` to `to`, and the bitmaps that follow. Only inside a cut of
+    /// both nodes.
     ///
     /// # Panics
     /// If one of the nodes does not exist.
@@ -276,6 +290,7 @@ impl Graph {
         for attachment in from.take_attachments() {
             attachment.move_to(&to);
         }
+        Node::carry_bitmaps(&from, &to);
     }
 
     /// Puts `base` below `overlay`: its layers serve what the overlay does not have. Only inside a
@@ -291,7 +306,8 @@ impl Graph {
             }
             None => None,
         };
-        overlay.link_backing(base.cloned());
+        let mut old = vec![overlay.link_backing(base.cloned())];
+        self.recompile_above(overlay, &mut old);
         let mut nodes = self.nodes.borrow_mut();
         let entry = nodes
             .get_mut(&overlay.id())

@@ -8,13 +8,19 @@
 //! 4. pre-hooks (copy-before-write, durable intent), which may wait;
 //! 5. data: copy-on-write fill and the bytes themselves;
 //! 6. mapping: the format's guard is completed;
-//! 7. post-hooks (dirty bits), synchronous, also after a failure;
+//! 7. post-hooks and named dirty bitmaps, synchronous, also after a failure;
 //! 8. claim released, answer.
 //!
 //! A request is a task of its node: callers hold a receipt, and dropping it cancels nothing.
 
 mod attachment;
+mod bitmap_error;
+mod bitmap_follow;
+mod bitmap_hold;
+mod bitmap_verbs;
+mod bitmaps;
 mod chain;
+mod fill;
 mod gate;
 mod hooks;
 mod map;
@@ -27,8 +33,13 @@ mod resize;
 mod status;
 mod transfer;
 mod users;
+mod writers;
 
 pub use attachment::Disk;
+pub use bitmap_error::BitmapError;
+pub use bitmap_hold::BitmapHold;
+pub use bitmap_verbs::BitmapSources;
+pub use bitmaps::{BitmapAccess, BitmapFacts, NewBitmap, NodeBitmap};
 pub use chain::ChainStats;
 pub use hooks::{HookId, WriteHook};
 pub use map::MapExtent;
@@ -36,6 +47,9 @@ pub use object::{Node, NodeId, NodeOptions};
 pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
 pub use status::{StatusExtent, StatusKind};
 pub use users::{Conflict, Permissions, Role, User, UserGuard};
+pub use writers::KeptWritable;
 
+pub(crate) use bitmaps::LoadedBitmap;
 pub(crate) use object::NodeParts;
+pub(crate) use path::Path;
 pub(crate) use plain::Plain;

@@ -4,13 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
 use super::attachment::Attachment;
+use super::bitmaps::NodeBitmaps;
 use super::chain::{ChainStats, LayerState};
 use super::gate::Gate;
 use super::hooks::{HookId, Hooks, WriteHook};
 use super::path::{Layer, Path};
 use super::users::Users;
 use crate::buf::Buf;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::executor::{Core, JoinHandle};
 use crate::format::{Format, ImageInfo};
 use crate::node::map::MapExtent;
@@ -57,6 +58,12 @@ pub struct Node {
     filename: RefCell<String>,
     options: NodeOptions,
     monitor_owned: Cell<bool>,
+    /// What its users asked for; jobs may keep it writable meanwhile.
+    pub(super) asked_writable: Cell<bool>,
+    /// Jobs that keep it writable.
+    pub(super) writers: Cell<u32>,
+    /// What lies below was changed: its content means nothing any more.
+    stale: Cell<bool>,
     file: RefCell<Option<Rc<Node>>>,
     data: RefCell<Option<Rc<Node>>>,
     backing: RefCell<Option<Rc<Node>>>,
@@ -64,6 +71,7 @@ pub struct Node {
     pub(super) gate: Rc<Gate>,
     pub(super) claims: Rc<RangeLocks>,
     pub(super) hooks: Hooks,
+    pub(super) bitmaps: NodeBitmaps,
     pub(super) users: Users,
     pub(super) attachments: RefCell<Vec<Weak<Attachment>>>,
 }
@@ -81,6 +89,9 @@ impl Node {
             filename: RefCell::new(parts.filename),
             options: parts.options,
             monitor_owned: Cell::new(parts.monitor_owned),
+            asked_writable: Cell::new(parts.writable),
+            writers: Cell::new(0),
+            stale: Cell::new(false),
             file: RefCell::new(parts.file),
             data: RefCell::new(parts.data),
             backing: RefCell::new(parts.backing),
@@ -88,6 +99,7 @@ impl Node {
             gate: Gate::new(core),
             claims: RangeLocks::new(core),
             hooks: Hooks::new(),
+            bitmaps: NodeBitmaps::default(),
             users: Users::default(),
             attachments: RefCell::default(),
         })
@@ -222,10 +234,26 @@ impl Node {
 
     /// Puts `backing` below this node and compiles the path anew. Only inside a cut, or where the
     /// content stays equal.
-    pub(crate) fn link_backing(&self, backing: Option<Rc<Self>>) {
-        let below = backing.as_ref().map(|node| node.path());
-        *self.path.borrow_mut() = Path::compile(self.layer.clone(), below.as_deref());
+    pub(crate) fn link_backing(&self, backing: Option<Rc<Self>>) -> Rc<Path> {
         *self.backing.borrow_mut() = backing;
+        self.recompile()
+    }
+
+    /// Compiles the path anew, because that of the backing node is another one; returns the old
+    /// path, which requests in flight go on using.
+    pub(crate) fn recompile(&self) -> Rc<Path> {
+        let below = self.backing.borrow().as_ref().map(|node| node.path());
+        self.path.replace(Path::compile(self.layer.clone(), below.as_deref()))
+    }
+
+    /// Whether what lies below was changed, so that the content means nothing any more.
+    pub fn is_stale(&self) -> bool {
+        self.stale.get()
+    }
+
+    /// From now on nobody may use the content: what lies below is written by others.
+    pub fn set_stale(&self) {
+        self.stale.set(true);
     }
 
     /// Installs a write hook. Only inside a cut of this node.
@@ -248,14 +276,19 @@ impl Node {
     /// # Errors
     /// What flushing or the locks report; the node then keeps its state.
     pub async fn set_writable(&self, writable: bool) -> Result<()> {
+        self.asked_writable.set(writable);
         if self.layer.state.is_writable() == writable {
             return Ok(());
         }
         if writable {
             self.lock_file(true).await?;
-            self.layer.format.set_writable(true).await?;
+            if let Err(error) = self.layer.format.set_writable(true).await {
+                // The error is what counts; a lock too much only keeps others out.
+                let _ = self.lock_file(false).await;
+                return Err(error);
+            }
             self.show_writable(true);
-        } else {
+        } else if self.writers.get() == 0 {
             self.layer.format.set_writable(false).await?;
             self.show_writable(false);
             self.lock_file(false).await?;
@@ -293,8 +326,8 @@ impl Node {
 
     async fn lock_storage(&self, storage: &Storage, write: bool) -> Result<()> {
         let Storage::File(file) = storage else { return Ok(()) };
-        if write && !file.is_writable() {
-            return Err(Error::new(ErrorKind::ReadOnly, "make writable").on(&self.name));
+        if write {
+            file.make_writable().await?;
         }
         let read = if self.layer.format.cluster_size() == 1 {
             LockRequest::ReadShared

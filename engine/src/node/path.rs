@@ -3,10 +3,11 @@
 //! Guest requests never walk the graph. A path is immutable; a change of the chain compiles a new
 //! one, and requests in flight finish on the old one, which keeps its layers alive.
 
-use std::cell::OnceCell;
-use std::rc::Rc;
+use std::cell::{OnceCell, RefCell};
+use std::rc::{Rc, Weak};
 
 use super::chain::{ChainIndex, LayerState};
+use crate::executor::sync::Notify;
 use crate::format::Format;
 
 /// One layer: an image, and whether it is written.
@@ -23,6 +24,8 @@ pub(crate) struct Path {
     below: Option<Rc<ChainIndex>>,
     /// Of all layers, made for the first overlay.
     whole: OnceCell<Option<Rc<ChainIndex>>>,
+    /// Rung when the last request on this path is over, once another one took its place.
+    retired: RefCell<Weak<Notify>>,
 }
 
 impl Path {
@@ -33,7 +36,13 @@ impl Path {
             layers.extend(below.layers.iter().cloned());
         }
         let below = below.and_then(|below| below.whole());
-        Rc::new(Self { layers: layers.into(), below, whole: OnceCell::new() })
+        let whole = OnceCell::new();
+        Rc::new(Self { layers: layers.into(), below, whole, retired: RefCell::default() })
+    }
+
+    /// Another path took its place: `ring` is rung when nobody uses this one any more.
+    pub(crate) fn retire(&self, ring: &Rc<Notify>) {
+        self.retired.replace(Rc::downgrade(ring));
     }
 
     fn whole(&self) -> Option<Rc<ChainIndex>> {
@@ -58,6 +67,14 @@ impl Path {
     /// The index of the layers below the top, if there are several.
     pub(crate) fn index(&self) -> Option<&Rc<ChainIndex>> {
         self.below.as_ref()
+    }
+}
+
+impl Drop for Path {
+    fn drop(&mut self) {
+        if let Some(ring) = self.retired.borrow().upgrade() {
+            ring.notify_all();
+        }
     }
 }
 

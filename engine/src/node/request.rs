@@ -57,13 +57,13 @@ pub(super) enum Target {
 }
 
 /// A node and the pass that keeps it from being cut.
-struct Admitted {
-    node: Rc<Node>,
+pub(super) struct Admitted {
+    pub(super) node: Rc<Node>,
     _pass: Option<Pass>,
 }
 
 impl Target {
-    async fn admit(self) -> Admitted {
+    pub(super) async fn admit(self) -> Admitted {
         match self {
             Self::Node(node, Origin::Derived) => Admitted { node, _pass: None },
             Self::Node(node, Origin::External) => loop {
@@ -91,7 +91,12 @@ fn checked(node: &Node, offset: u64, len: u64, op: &'static str) -> Result<Guest
     }
 }
 
-fn checked_write(node: &Node, offset: u64, len: u64, op: &'static str) -> Result<GuestRange> {
+pub(super) fn checked_write(
+    node: &Node,
+    offset: u64,
+    len: u64,
+    op: &'static str,
+) -> Result<GuestRange> {
     if !node.is_writable() {
         return Err(Error::new(ErrorKind::ReadOnly, op).on(&node.name()));
     }
@@ -152,6 +157,7 @@ pub(super) fn start_write(
         for (_, hook) in hooks.iter() {
             hook.after_write(range);
         }
+        node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
         if flags.fua && !in_place {
@@ -196,6 +202,7 @@ pub(super) fn start_zero(
         for (_, hook) in hooks.iter() {
             hook.after_write(range);
         }
+        node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
         if flags.fua {

@@ -1,8 +1,8 @@
 //! A change of a node's virtual size, with what lies below in view.
 //!
 //! Order: (1) claim of everything from the smaller of both sizes on, so that no write is in flight
-//! there; (2) the format changes the size; (3) the claim ends. What is added reads as zeroes also
-//! where the layers below hold bytes.
+//! there; (2) the format changes the size; (3) so do the dirty bitmaps: what is added is clean;
+//! (4) the claim ends. What is added reads as zeroes also where the layers below hold bytes.
 
 use std::rc::Rc;
 
@@ -34,6 +34,9 @@ impl Node {
             Below { size, read }
         });
         let resized = self.format().resize_with(Resize { size, preallocation, below }).await;
+        if resized.is_ok() {
+            self.bitmaps.resize(self.size());
+        }
         drop(claim);
         resized.map_err(|error| error.on(&self.name()))
     }

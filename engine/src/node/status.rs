@@ -27,6 +27,8 @@ pub struct StatusExtent {
     /// How many layers down it was decided: 0 is the node's own layer; the number of layers if
     /// none has it.
     pub depth: u32,
+    /// Whether no layer has it.
+    pub absent: bool,
 }
 
 impl StatusExtent {
@@ -51,10 +53,10 @@ pub(crate) async fn status(path: &Path, range: GuestRange) -> Result<Vec<StatusE
     let mut todo = vec![Todo::Look { range, layer: 0 }];
     while let Some(part) = todo.pop() {
         match part {
-            Todo::Known { len, kind, layer } => push(&mut runs, len, kind, layer),
+            Todo::Known { len, kind, layer } => push(&mut runs, len, kind, layer, path),
             Todo::Look { range, .. } if range.is_empty() => {}
             Todo::Look { range, layer } if layer == path.layers().len() => {
-                push(&mut runs, range.len, StatusKind::Hole, layer);
+                push(&mut runs, range.len, StatusKind::Hole, layer, path);
             }
             Todo::Look { range, layer } => {
                 let mut found = look(path, range, layer).await?;
@@ -111,13 +113,14 @@ async fn look(path: &Path, range: GuestRange, layer: usize) -> Result<Vec<Todo>>
     Ok(found)
 }
 
-fn push(runs: &mut Vec<StatusExtent>, len: u64, kind: StatusKind, depth: usize) {
+fn push(runs: &mut Vec<StatusExtent>, len: u64, kind: StatusKind, depth: usize, path: &Path) {
     if len == 0 {
         return;
     }
+    let absent = depth == path.layers().len();
     let depth = u32::try_from(depth).unwrap_or(u32::MAX);
     match runs.last_mut() {
         Some(last) if last.kind == kind && last.depth == depth => last.len += len,
-        _ => runs.push(StatusExtent { len, kind, depth }),
+        _ => runs.push(StatusExtent { len, kind, depth, absent }),
     }
 }

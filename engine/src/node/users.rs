@@ -9,6 +9,7 @@ use std::rc::{Rc, Weak};
 
 use super::object::Node;
 use crate::error::{Error, ErrorKind, Result};
+use crate::graph::GraphError;
 
 /// What a user does and what it lets others do; bits of the constants below.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,12 @@ impl Permissions {
         Self { perm: Self::CONSISTENT_READ, shared: Self::CONSISTENT_READ | Self::WRITE_UNCHANGED }
     }
 
+    /// A use that needs nothing and tolerates everything: an overlay that nobody reads, or one that
+    /// a job looks after.
+    pub const fn none() -> Self {
+        Self { perm: 0, shared: Self::ALL }
+    }
+
     /// A format's use of its file.
     pub const fn of_format(writable: bool) -> Self {
         let write = if writable { Self::WRITE | Self::RESIZE } else { 0 };
@@ -57,6 +64,8 @@ pub enum Role {
     Source,
     /// It is copied to.
     Target,
+    /// It lies between them in one chain.
+    Between,
 }
 
 /// Who uses a node.
@@ -103,6 +112,7 @@ impl User {
             Self::Data { .. } => "data-file",
             Self::Job { role: Role::Source, .. } => "main node",
             Self::Job { role: Role::Target, .. } => "target",
+            Self::Job { role: Role::Between, .. } => "intermediate node",
         }
     }
 }
@@ -161,12 +171,50 @@ impl Users {
     }
 }
 
+impl UserGuard {
+    /// Whether it is an overlay's use of the backing node `node`.
+    pub(crate) fn is_backing_use_of(&self, node: &Node) -> bool {
+        self.node.upgrade().is_some_and(|used| {
+            let entries = used.users.entries.borrow();
+            let own = entries.iter().find(|entry| entry.id == self.id);
+            used.id() == node.id()
+                && own.is_some_and(|entry| matches!(entry.user, User::Overlay { .. }))
+        })
+    }
+
+    /// Changes what this use needs and tolerates. The caller makes sure that it fits.
+    pub(crate) fn set_permissions(&self, permissions: Permissions) {
+        let Some(node) = self.node.upgrade() else { return };
+        let mut entries = node.users.entries.borrow_mut();
+        if let Some(entry) = entries.iter_mut().find(|entry| entry.id == self.id) {
+            entry.permissions = permissions;
+        }
+    }
+}
+
 impl Node {
     /// Admits a user.
     ///
     /// # Errors
-    /// `Busy` with a [`Conflict`] if another user excludes it.
+    /// `Busy` with a [`Conflict`] if another user excludes it, or if the content of the node means
+    /// nothing any more ([`Node::is_stale`]).
     pub fn use_by(node: &Rc<Self>, user: User, permissions: Permissions) -> Result<UserGuard> {
+        if node.is_stale() && permissions.perm & Permissions::CONSISTENT_READ != 0 {
+            let source = GraphError::Stale(node.name().to_string());
+            return Err(Error::new(ErrorKind::Busy, "use").with_source(source));
+        }
+        Self::use_unseen(node, user, permissions)
+    }
+
+    /// Admits a user who vouches that what the node lost its meaning by does not show through it.
+    ///
+    /// # Errors
+    /// `Busy` with a [`Conflict`] if another user excludes it.
+    pub(crate) fn use_unseen(
+        node: &Rc<Self>,
+        user: User,
+        permissions: Permissions,
+    ) -> Result<UserGuard> {
         if let Some(conflict) = conflict(node, &user, permissions) {
             return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
         }

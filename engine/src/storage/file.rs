@@ -49,9 +49,11 @@ pub struct File {
     core: Core,
     name: String,
     path: PathBuf,
-    handle: Rc<Handle>,
+    beneath: Option<PathBuf>,
+    direct: bool,
+    handle: RefCell<Rc<Handle>>,
     facts: FileFacts,
-    writable: bool,
+    writable: Cell<bool>,
     size: Cell<u64>,
     claims: Rc<RangeLocks>,
     flush: FlushState,
@@ -139,9 +141,11 @@ impl File {
             core: core.clone(),
             name,
             path: options.path,
-            handle: Rc::new(handle),
+            beneath: options.beneath,
+            direct: options.direct,
+            handle: RefCell::new(Rc::new(handle)),
             facts,
-            writable: options.writable,
+            writable: Cell::new(options.writable),
             size: Cell::new(facts.size),
             claims: RangeLocks::new(core),
             flush: FlushState {
@@ -174,7 +178,41 @@ impl File {
 
     /// Whether the descriptor allows writes.
     pub fn is_writable(&self) -> bool {
-        self.writable
+        self.writable.get()
+    }
+
+    fn handle(&self) -> Rc<Handle> {
+        Rc::clone(&self.handle.borrow())
+    }
+
+    /// Takes a descriptor that allows writes in the place of one that does not. Operations in
+    /// flight end on the old one.
+    ///
+    /// # Errors
+    /// What the system reports; `InvalidArgument` if the path names another file by now.
+    pub async fn make_writable(&self) -> Result<()> {
+        if self.writable.get() {
+            return Ok(());
+        }
+        let spec = OpenSpec {
+            path: self.path.clone(),
+            writable: true,
+            direct: self.direct,
+            create_new: false,
+            beneath: self.beneath.clone(),
+        };
+        let done = self.core.submit(OpKind::Fs(FsOp::Open(spec))).await;
+        let (handle, facts) = match done.outcome {
+            FsOutcome::Opened(handle, facts) if done.result >= 0 => (handle, facts),
+            _ => return Err(Error::os(-done.result, "open for writing").on(&self.name)),
+        };
+        if facts.identity != self.facts.identity {
+            let source = Replaced(self.path.clone());
+            return Err(Error::new(ErrorKind::InvalidArgument, "open").with_source(source));
+        }
+        self.handle.replace(Rc::new(handle));
+        self.writable.set(true);
+        Ok(())
     }
 
     /// Alignment (bytes) of offsets and lengths that need no read-modify-write.
@@ -194,7 +232,7 @@ impl File {
 
     /// Whether reads and writes are served inline (the file lives in memory).
     pub fn is_memory_backed(&self) -> bool {
-        self.handle.class == crate::driver::IoClass::Inline
+        self.handle.borrow().class == crate::driver::IoClass::Inline
     }
 
     /// Takes exactly the locks of `request`, or leaves them as they were.
@@ -331,7 +369,7 @@ impl File {
         let state = &self.flush;
         let covers = state.requested.get();
         let result = loop {
-            let done = self.core.submit(OpKind::Sync { file: Rc::clone(&self.handle) }).await;
+            let done = self.core.submit(OpKind::Sync { file: self.handle() }).await;
             if !matches!(-done.result, libc::EINTR | libc::EAGAIN) {
                 break done.result;
             }
@@ -400,7 +438,7 @@ impl File {
     }
 
     async fn fallocate(&self, mode: FallocateMode, offset: u64, len: u64) -> Result<()> {
-        let file = Rc::clone(&self.handle);
+        let file = self.handle();
         let op = FsOp::Fallocate { file, mode, offset, len };
         let done = self.core.submit(OpKind::Fs(op)).await;
         if done.result < 0 {
@@ -455,6 +493,11 @@ impl File {
         }
     }
 
+    /// Whether it is a regular file, which writes behind its end make larger.
+    pub fn can_grow(&self) -> bool {
+        !self.facts.block_device
+    }
+
     /// Whether writes get cheaper where space was reserved: not for devices, not in memory.
     pub fn gains_from_room(&self) -> bool {
         !self.facts.block_device && !self.is_memory_backed()
@@ -465,7 +508,7 @@ impl File {
     /// # Errors
     /// What the system reports.
     pub async fn truncate(&self, size: u64) -> Result<()> {
-        let op = FsOp::Truncate { file: Rc::clone(&self.handle), len: size };
+        let op = FsOp::Truncate { file: self.handle(), len: size };
         let done = self.core.submit(OpKind::Fs(op)).await;
         if done.result < 0 {
             return Err(Error::os(-done.result, "truncate").on(&self.name));
@@ -482,7 +525,7 @@ impl File {
         if self.facts.block_device {
             return Ok(vec![StorageExtent { len, data: true }]);
         }
-        let op = FsOp::Extents { file: Rc::clone(&self.handle), offset, len };
+        let op = FsOp::Extents { file: self.handle(), offset, len };
         let done = self.core.submit(OpKind::Fs(op)).await;
         match done.outcome {
             FsOutcome::Extents(runs) if done.result >= 0 => {
@@ -503,6 +546,19 @@ fn is_unsupported(error: &Error) -> bool {
 fn length(len: u64) -> usize {
     usize::try_from(len).expect("invariant: requests fit memory")
 }
+
+/// The path names another file than the one that is open.
+#[derive(Debug)]
+struct Replaced(PathBuf);
+
+impl std::fmt::Display for Replaced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let path = self.0.display();
+        write!(f, "Could not open '{path}' for writing: another file has its name by now")
+    }
+}
+
+impl std::error::Error for Replaced {}
 
 /// The path is something that cannot hold an image.
 #[derive(Debug)]
@@ -578,7 +634,7 @@ impl IoFuture {
 }
 
 fn submit(file: &File, direction: Direction, offset: u64, buf: Buf) -> Op {
-    let handle = Rc::clone(&file.handle);
+    let handle = file.handle();
     file.core.submit(match direction {
         Direction::Read => OpKind::Read { file: handle, offset, buf },
         Direction::Write { fua } => OpKind::Write { file: handle, offset, buf, fua },

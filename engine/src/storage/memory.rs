@@ -2,7 +2,7 @@
 //!
 //! Pages are allocated when first written; everything else reads as zeroes. Copies share pages
 //! until one of them writes. Operations take effect at the call. A fault can be planted: from the
-//! N-th write on, an errno.
+//! N-th write on, an errno. The size can be fixed, as a device's.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -24,6 +24,8 @@ pub struct Memory {
     size: Cell<u64>,
     /// Writes until the planted fault, and its errno.
     fault: Cell<Option<(u64, i32)>>,
+    /// Whether the size cannot change.
+    fixed: Cell<bool>,
     traffic: Cell<Traffic>,
 }
 
@@ -96,6 +98,23 @@ impl Memory {
         self.fault.set(fault);
     }
 
+    /// From now on the size stays: what needs more fails with ENOSPC.
+    pub fn fix_size(&self) {
+        self.fixed.set(true);
+    }
+
+    /// Whether the size can change.
+    pub fn can_grow(&self) -> bool {
+        !self.fixed.get()
+    }
+
+    fn check_room(&self, end: u64, op: &'static str) -> Result<()> {
+        match self.fixed.get() && end > self.size.get() {
+            true => Err(Error::os(libc::ENOSPC, op)),
+            false => Ok(()),
+        }
+    }
+
     /// Reads into `buf`.
     pub fn read(&self, offset: u64, buf: &Buf) -> IoFuture {
         let before = self.traffic.get();
@@ -112,7 +131,9 @@ impl Memory {
 
     /// Writes `buf`, growing if needed.
     pub fn write(&self, offset: u64, buf: &Buf) -> IoFuture {
-        IoFuture::ready(self.check_fault("write").map(|()| {
+        let end = offset.saturating_add(buf.len() as u64);
+        let checked = self.check_fault("write").and_then(|()| self.check_room(end, "write"));
+        IoFuture::ready(checked.map(|()| {
             let before = self.traffic.get();
             self.traffic.set(Traffic { written: before.written + buf.len() as u64, ..before });
             let mut pages = self.pages.borrow_mut();
@@ -132,6 +153,7 @@ impl Memory {
     /// A planted fault.
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.check_fault("write zeroes")?;
+        self.check_room(offset.saturating_add(len), "write zeroes")?;
         let len_here = usize::try_from(len).map_err(|_| Error::os(libc::EFBIG, "write zeroes"))?;
         let mut pages = self.pages.borrow_mut();
         each_page(offset, len_here, |page, within, _, part| {
@@ -152,6 +174,7 @@ impl Memory {
     /// A planted fault.
     pub fn grow(&self, size: u64) -> Result<()> {
         self.check_fault("allocate")?;
+        self.check_room(size, "allocate")?;
         self.size.set(self.size.get().max(size));
         Ok(())
     }
@@ -162,6 +185,7 @@ impl Memory {
     /// A planted fault.
     pub fn truncate(&self, size: u64) -> Result<()> {
         self.check_fault("truncate")?;
+        self.check_room(size, "truncate")?;
         if size < self.size.get() {
             let mut pages = self.pages.borrow_mut();
             drop(pages.split_off(&size.div_ceil(PAGE)));

@@ -42,6 +42,14 @@ impl Storage {
         }
     }
 
+    /// Whether writes behind the end make it larger: not so for devices.
+    pub fn can_grow(&self) -> bool {
+        match self {
+            Self::File(file) => file.can_grow(),
+            Self::Memory(memory) => memory.can_grow(),
+        }
+    }
+
     /// Offsets and lengths that are multiples of this are served without read-modify-write.
     pub fn alignment(&self) -> u64 {
         match self {

@@ -8,6 +8,7 @@ use liveblk_engine::executor::sync::Notify;
 use liveblk_engine::node::Disk;
 
 use super::account::Account;
+use super::contexts::ContextOffer;
 use super::wire::Transmission;
 
 /// What to export, and how.
@@ -25,6 +26,9 @@ pub struct ExportSpec {
     pub writable: bool,
     /// Whether every write is durable before it is answered.
     pub writethrough: bool,
+    /// What a block status tells beyond `base:allocation`; bitmaps are in use as long as the
+    /// export is.
+    pub contexts: ContextOffer,
 }
 
 /// An export of the NBD server.

@@ -3,15 +3,11 @@
 //! A pure function of the exports on offer, what this client negotiated before, and the option's
 //! bytes: no I/O and no clock. The connection feeds it and acts on the [`Step`].
 
+use super::contexts::{Context, ContextOffer};
 use super::wire::{
     BlockSize, InfoQuery, InfoType, MetaQuery, OptionCode, OptionReply, OptionReplyWriter,
     PAYLOAD_MAX, STRING_MAX, Transmission, WireError, handshake, prefix,
 };
-
-/// The one metadata context, and its id.
-const BASE_ALLOCATION: &str = "base:allocation";
-/// Id of [`BASE_ALLOCATION`] in replies.
-pub(crate) const BASE_ALLOCATION_ID: u32 = 0;
 
 /// Bytes of a name that a message repeats.
 const NAME_SHOWN: usize = 80;
@@ -22,6 +18,7 @@ pub(crate) struct Offer<'a> {
     pub(crate) description: Option<&'a str>,
     pub(crate) size: u64,
     pub(crate) flags: Transmission,
+    pub(crate) contexts: &'a ContextOffer,
 }
 
 /// What a client negotiated so far.
@@ -30,8 +27,8 @@ pub(crate) struct Negotiation {
     fixed_newstyle: bool,
     no_zeroes: bool,
     structured: bool,
-    /// The export whose `base:allocation` was selected.
-    allocation_of: Option<Vec<u8>>,
+    /// The export whose contexts were selected, and these.
+    selected: Option<(Vec<u8>, Vec<Context>)>,
 }
 
 /// What happens after an option.
@@ -46,10 +43,11 @@ pub(crate) enum Step {
 }
 
 /// What the client and the server will use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Features {
     pub(crate) structured: bool,
-    pub(crate) allocation: bool,
+    /// The metadata contexts of a block status.
+    pub(crate) contexts: Vec<Context>,
 }
 
 impl Negotiation {
@@ -169,7 +167,7 @@ impl Negotiation {
         let set = option == OptionCode::SetMetaContext;
         if set {
             // Whatever comes of it, an earlier selection is over.
-            self.allocation_of = None;
+            self.selected = None;
             if !self.structured {
                 let message = "metadata contexts need structured replies";
                 return out.error(OptionReply::ErrInvalid, message);
@@ -179,17 +177,15 @@ impl Negotiation {
             Ok(query) => query,
             Err(error) => return refuse(out, option, error),
         };
-        if find(offers, query.name).is_none() {
+        let Some((_, offer)) = find(offers, query.name) else {
             return not_present(out, query.name);
-        }
-        let listed = !set && query.count == 0;
-        let matches = |text: &[u8]| {
-            text == BASE_ALLOCATION.as_bytes() || (!set && text == b"base:".as_slice())
         };
-        if listed || query.queries().any(matches) {
-            out.meta_context(BASE_ALLOCATION_ID, BASE_ALLOCATION);
-            self.allocation_of = set.then(|| query.name.to_vec());
+        let queries: Vec<&[u8]> = query.queries().collect();
+        let picked = offer.contexts.pick(!set, &queries);
+        for context in &picked {
+            out.meta_context(context.id(), &offer.contexts.name(*context));
         }
+        self.selected = set.then(|| (query.name.to_vec(), picked));
         out.ack();
     }
 
@@ -198,8 +194,10 @@ impl Negotiation {
     }
 
     fn features(&self, offer: &Offer<'_>) -> Features {
-        let allocation = self.allocation_of.as_deref() == Some(offer.name.as_bytes());
-        Features { structured: self.structured, allocation: self.structured && allocation }
+        let selected = self.selected.as_ref().filter(|_| self.structured);
+        let own = selected.filter(|(name, _)| name == offer.name.as_bytes());
+        let contexts = own.map(|(_, contexts)| contexts.clone()).unwrap_or_default();
+        Features { structured: self.structured, contexts }
     }
 }
 

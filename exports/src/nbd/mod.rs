@@ -8,12 +8,14 @@
 //! - `request`: which requests are refused and what the others do;
 //! - `outbox`: replies on their way out, gathered into few sends;
 //! - `account`: what a connection may hold in requests and memory;
+//! - `contexts`: what a block status can tell;
 //! - `intake`: the receive buffer.
 //!
 //! Everything of a server runs on one core.
 
 mod account;
 mod connection;
+mod contexts;
 mod export;
 mod handshake;
 mod intake;
@@ -22,6 +24,7 @@ mod request;
 mod server;
 pub mod wire;
 
+pub use self::contexts::ContextOffer;
 pub use self::export::ExportSpec;
 pub use self::server::{Address, ServerConfig};
 

@@ -13,15 +13,15 @@ use liveblk_engine::{Error, ErrorKind, Result};
 use smallvec::SmallVec;
 
 use super::account::Grant;
+use super::contexts;
 use super::export::Attached;
-use super::handshake::{BASE_ALLOCATION_ID, Features};
+use super::handshake::Features;
 use super::outbox::{Outbox, Reply};
 use super::wire::{
     ChunkHead, Command, CommandFlags, ErrorCode, PAYLOAD_MAX, RequestHeader, Transmission,
     WireError, chunk_type, encode_error_payload, encode_status, encode_status_context, magic,
-    state,
 };
-use crate::limits::{CACHE_STEP, READ_CHUNKS, SMALL_READ, STATUS_RUNS, STATUS_STEP};
+use crate::limits::{CACHE_STEP, READ_CHUNKS, SMALL_READ, STATUS_RUNS};
 
 /// A connection that serves requests.
 pub(crate) struct Session {
@@ -184,7 +184,7 @@ fn check(session: &Session, request: &Request) -> Option<String> {
     } else {
         match command {
             Command::BlockStatus if length == 0 => Some("block status of no bytes".to_owned()),
-            Command::BlockStatus if !session.features.allocation => {
+            Command::BlockStatus if session.features.contexts.is_empty() => {
                 Some("no metadata context was negotiated".to_owned())
             }
             Command::Unknown(number) => Some(format!("command {number} is not known")),
@@ -365,35 +365,32 @@ async fn pieces(session: &Session, request: &Request) -> Result<SmallVec<[Piece;
     Ok(pieces)
 }
 
-/// The runs of `base:allocation` from the request's start, merged; a prefix of the range if there
-/// are very many.
+/// One chunk for each context that the client selected; the contexts share the bound on runs.
 async fn status(session: &Session, request: &Request) -> Result<Outcome> {
-    let one = request.flags.has(CommandFlags::REQ_ONE);
-    let runs_max = if one { 1 } else { STATUS_RUNS };
-    let mut runs: Vec<(u32, u32)> = Vec::new();
-    let end = request.offset + u64::from(request.length);
-    let mut at = request.offset;
-    'all: while at < end {
-        let step = STATUS_STEP.min(end - at);
-        for StatusExtent { len, kind, .. } in session.disk.block_status(at, step).await? {
-            // Requests are shorter than 4 GiB, so is every run inside one.
-            let length = u32::try_from(len).unwrap_or(u32::MAX);
-            let flags = if kind == StatusKind::Data { 0 } else { state::HOLE | state::ZERO };
-            let full = runs.len() == runs_max;
-            match runs.last_mut() {
-                Some((last, same)) if *same == flags => *last = last.saturating_add(length),
-                _ if full => break 'all,
-                _ => runs.push((length, flags)),
-            }
+    let selected = &session.features.contexts;
+    let max = match request.flags.has(CommandFlags::REQ_ONE) {
+        true => 1,
+        false => (STATUS_RUNS / selected.len().max(1)).max(1),
+    };
+    let offer = &session.attached.export.spec.contexts;
+    let (offset, len) = (request.offset, u64::from(request.length));
+    let mut payloads = Vec::with_capacity(selected.len());
+    for context in selected {
+        let runs = contexts::runs(&session.disk, offer, *context, offset, len, max).await?;
+        let mut payload = Vec::with_capacity(4 + 8 * runs.len());
+        encode_status_context(&mut payload, context.id());
+        for (length, flags) in runs {
+            encode_status(&mut payload, length, flags);
         }
-        at += step;
+        payloads.push(payload);
     }
-    let mut payload = Vec::with_capacity(4 + 8 * runs.len());
-    encode_status_context(&mut payload, BASE_ALLOCATION_ID);
-    for (length, flags) in runs {
-        encode_status(&mut payload, length, flags);
+    let last = payloads.pop().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "serve"))?;
+    let length = |payload: &[u8]| u32::try_from(payload.len()).unwrap_or(u32::MAX);
+    for payload in payloads {
+        let kind = chunk_type::BLOCK_STATUS;
+        let head = ChunkHead::part(request.cookie, kind, length(&payload));
+        session.push(head, Buf::from_vec(payload), None);
     }
-    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-    let head = ChunkHead::last(request.cookie, chunk_type::BLOCK_STATUS, length);
-    Ok(Outcome::Last(head, Buf::from_vec(payload)))
+    let head = ChunkHead::last(request.cookie, chunk_type::BLOCK_STATUS, length(&last));
+    Ok(Outcome::Last(head, Buf::from_vec(last)))
 }

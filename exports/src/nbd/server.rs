@@ -164,6 +164,7 @@ impl ServerState {
                 description: export.spec.description.as_deref(),
                 size: export.spec.disk.size(),
                 flags: export.flags(),
+                contexts: &export.spec.contexts,
             })
             .collect();
         match negotiation.answer(&offers, option, data) {

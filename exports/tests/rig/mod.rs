@@ -156,6 +156,7 @@ impl Server {
 
 pub fn spec(id: &str, name: &str, disk: Disk, writable: bool) -> ExportSpec {
     ExportSpec {
+        contexts: Default::default(),
         id: id.into(),
         name: name.into(),
         description: None,

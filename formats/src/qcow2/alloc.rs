@@ -65,7 +65,7 @@ impl State {
     /// Whether nothing is known to use `cluster`: neither a count, nor metadata, nor guest data.
     fn is_free(&self, cluster: HostCluster) -> bool {
         self.refcount(cluster) == Some(0)
-            && !self.metadata.contains_key(&cluster.0)
+            && !self.metadata.contains(cluster.0)
             && !self.mapped.contains(cluster)
     }
 
@@ -76,7 +76,7 @@ impl State {
                 self.set_refcount(cluster, 0);
                 self.note_free(cluster);
             } else {
-                super::state::push_cluster(&mut self.released, cluster);
+                super::freed::push_cluster(&mut self.released, cluster);
             }
         }
     }
@@ -114,7 +114,7 @@ impl State {
         for cluster in from.max(slice * entries)..last {
             let free = counts::get(bytes, order, cluster % entries) == 0
                 && !self.is_reserved(HostCluster(cluster))
-                && !self.metadata.contains_key(&cluster)
+                && !self.metadata.contains(cluster)
                 && !self.mapped.contains(HostCluster(cluster));
             if !free {
                 if found.is_some_and(|run| run.count >= want) {

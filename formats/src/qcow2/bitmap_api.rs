@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use liveblk_engine::Result;
 use liveblk_engine::bitmap::DirtyBitmap;
-use liveblk_engine::format::{BitmapInfo, InfoValue, LocalFuture, StoredBitmaps};
+use liveblk_engine::format::{BitmapInfo, InfoValue, KeptBitmap, LocalFuture, StoredBitmaps};
 
 use super::image::Image;
 
@@ -36,7 +36,7 @@ impl StoredBitmaps for Handle {
 
     fn add(&self, name: &str, granularity: u64, enabled: bool) -> LocalFuture<'static, Result<()>> {
         let name = name.to_owned();
-        self.run(move |image| Box::pin(image.put_bitmap(name, None, granularity, enabled)))
+        self.run(move |image| Box::pin(image.put_bitmap(name, None, granularity, enabled, None)))
     }
 
     fn store(
@@ -46,7 +46,9 @@ impl StoredBitmaps for Handle {
         enabled: bool,
     ) -> LocalFuture<'static, Result<()>> {
         let (name, granularity) = (name.to_owned(), bits.granularity());
-        self.run(move |image| Box::pin(image.put_bitmap(name, Some(bits), granularity, enabled)))
+        self.run(move |image| {
+            Box::pin(image.put_bitmap(name, Some(bits), granularity, enabled, None))
+        })
     }
 
     fn remove(&self, name: &str) -> LocalFuture<'static, Result<()>> {
@@ -67,6 +69,29 @@ impl StoredBitmaps for Handle {
     fn merge(&self, name: &str, source: DirtyBitmap) -> LocalFuture<'static, Result<()>> {
         let name = name.to_owned();
         self.run(|image| Box::pin(image.merge_bitmap(name, source)))
+    }
+
+    fn keep(&self, name: &str, kept: Rc<dyn KeptBitmap>) {
+        self.0.keep_bitmap(name, kept);
+    }
+
+    fn add_kept(
+        &self,
+        name: &str,
+        granularity: u64,
+        kept: Rc<dyn KeptBitmap>,
+    ) -> LocalFuture<'static, Result<()>> {
+        let (name, enabled) = (name.to_owned(), kept.is_enabled());
+        self.run(move |image| {
+            Box::pin(image.put_bitmap(name, None, granularity, enabled, Some(kept)))
+        })
+    }
+
+    fn mark(&self, name: &str) -> LocalFuture<'static, Result<()>> {
+        let name = name.to_owned();
+        self.run(|image| {
+            Box::pin(async move { image.mark_those(|bitmap| bitmap.is_called(&name)).await })
+        })
     }
 }
 

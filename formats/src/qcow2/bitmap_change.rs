@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use liveblk_engine::Result;
 use liveblk_engine::bitmap::DirtyBitmap;
+use liveblk_engine::format::KeptBitmap;
 
 use super::bitmap_dir::{
     AUTO, IN_USE, Pointer, Stored, check_list, check_new, check_size, directory,
@@ -126,7 +127,7 @@ impl Image {
         {
             let mut state = self.state.borrow_mut();
             for cluster in old.into_iter().flat_map(Run::clusters) {
-                state.metadata.remove(&cluster.0);
+                state.metadata.remove(cluster.0);
             }
             for cluster in prepared.place.into_iter().flat_map(Run::clusters) {
                 state.metadata.insert(cluster.0, Meta::Bitmaps);
@@ -144,7 +145,11 @@ impl Image {
     }
 
     /// Ends a change: `list` is what it wants the bitmaps to be.
-    async fn conclude(self: &Rc<Self>, list: Result<Vec<Bitmap>>, change: Change) -> Result<()> {
+    pub(super) async fn conclude(
+        self: &Rc<Self>,
+        list: Result<Vec<Bitmap>>,
+        change: Change,
+    ) -> Result<()> {
         let result = match list {
             Ok(list) => self.publish(list, change).await,
             Err(error) => {
@@ -173,6 +178,9 @@ impl Image {
             None => refuse(BitmapReason::NotFound(name.to_owned())),
             Some((_, bitmap)) if bitmap.is_inconsistent() => {
                 refuse(BitmapReason::Inconsistent(name.to_owned()))
+            }
+            Some((_, bitmap)) if bitmap.kept.is_some() => {
+                refuse(BitmapReason::Kept(name.to_owned()))
             }
             Some((at, bitmap)) => Ok((at, bitmap.clone())),
         }
@@ -205,6 +213,7 @@ impl Image {
         bits: Option<DirtyBitmap>,
         granularity: u64,
         enabled: bool,
+        kept: Option<Rc<dyn KeptBitmap>>,
     ) -> Result<()> {
         let _changes = self.bitmap_changes.lock().await;
         self.check_changeable()?;
@@ -226,8 +235,9 @@ impl Image {
         }
         // No write begins before the file says whether the bitmap is in use.
         let _held = self.hold_writes();
-        let live = self.start_recording(enabled, granularity);
-        let flags = if enabled { AUTO } else { 0 } | if live.is_some() { IN_USE } else { 0 };
+        let live = self.start_recording(enabled && kept.is_none(), granularity);
+        let marked = live.is_some() || kept.is_some();
+        let flags = if enabled { AUTO } else { 0 } | if marked { IN_USE } else { 0 };
         let mut stored = Stored {
             name: name.into_bytes(),
             flags,
@@ -242,7 +252,7 @@ impl Image {
         }
         let built = self.new_table(&mut stored, &RefCell::new(bits), &mut change).await;
         let at = old.map(|(at, _)| at);
-        let list = built.map(|()| self.list_with(at, Bitmap { stored, live }));
+        let list = built.map(|()| self.list_with(at, Bitmap { stored, live, kept }));
         self.conclude(list, change).await
     }
 
@@ -265,7 +275,7 @@ impl Image {
     pub(super) async fn clear_bitmap(self: Rc<Self>, name: String) -> Result<()> {
         let _changes = self.bitmap_changes.lock().await;
         self.check_changeable()?;
-        let (at, Bitmap { mut stored, live }) = self.usable(&name)?;
+        let (at, Bitmap { mut stored, live, .. }) = self.usable(&name)?;
         // What ends from now on is recorded anew; the old record goes on until this is durable.
         let live = live.map(|_| self.record_anew(stored.granularity()));
         let size = self.state.borrow().header.size;
@@ -273,7 +283,7 @@ impl Image {
         let mut change = Change::default();
         self.free_bitmap(&stored, &mut change).await;
         let built = self.new_table(&mut stored, &bits, &mut change).await;
-        let list = built.map(|()| self.list_with(Some(at), Bitmap { stored, live }));
+        let list = built.map(|()| self.list_with(Some(at), Bitmap { stored, live, kept: None }));
         self.conclude(list, change).await
     }
 
@@ -281,7 +291,7 @@ impl Image {
     pub(super) async fn enable_bitmap(self: Rc<Self>, name: String, enabled: bool) -> Result<()> {
         let _changes = self.bitmap_changes.lock().await;
         self.check_changeable()?;
-        let (at, Bitmap { mut stored, live }) = self.usable(&name)?;
+        let (at, Bitmap { mut stored, live, .. }) = self.usable(&name)?;
         if stored.is_enabled() == enabled {
             return Ok(());
         }
@@ -290,7 +300,7 @@ impl Image {
             let _held = self.hold_writes();
             let live = self.start_recording(true, stored.granularity());
             stored.flags |= AUTO | if live.is_some() { IN_USE } else { 0 };
-            let list = self.list_with(Some(at), Bitmap { stored, live });
+            let list = self.list_with(Some(at), Bitmap { stored, live, kept: None });
             return self.conclude(Ok(list), change).await;
         }
         let built = match &live {
@@ -298,7 +308,8 @@ impl Image {
             None => Ok(()),
         };
         stored.flags &= !(AUTO | IN_USE);
-        let list = built.map(|()| self.list_with(Some(at), Bitmap { stored, live: None }));
+        let list =
+            built.map(|()| self.list_with(Some(at), Bitmap { stored, live: None, kept: None }));
         self.conclude(list, change).await
     }
 
@@ -310,7 +321,7 @@ impl Image {
     ) -> Result<()> {
         let _changes = self.bitmap_changes.lock().await;
         self.check_changeable()?;
-        let (at, Bitmap { mut stored, live }) = self.usable(&name)?;
+        let (at, Bitmap { mut stored, live, .. }) = self.usable(&name)?;
         let size = self.state.borrow().header.size;
         if source.size() != size {
             let reason = BitmapReason::Sizes(size, source.size());
@@ -325,42 +336,7 @@ impl Image {
         };
         let mut change = Change::default();
         let built = self.merged_table(&mut stored, &RefCell::new(bits), &mut change).await;
-        let list = built.map(|()| self.list_with(Some(at), Bitmap { stored, live }));
+        let list = built.map(|()| self.list_with(Some(at), Bitmap { stored, live, kept: None }));
         self.conclude(list, change).await
-    }
-
-    /// Stores what was recorded and takes the marks away that bitmaps are in use. Nothing may be
-    /// written afterwards, before the image is made writable again.
-    pub(super) async fn store_bitmaps(self: &Rc<Self>) -> Result<()> {
-        let _changes = self.bitmap_changes.lock().await;
-        let mut list = {
-            let bitmaps = self.bitmaps.borrow();
-            let marked = bitmaps.list.iter().any(|bitmap| bitmap.live.is_some());
-            if !(marked || bitmaps.suspect) || bitmaps.in_flight > 0 {
-                return Ok(());
-            }
-            bitmaps.list.clone()
-        };
-        self.state.borrow().check_writable()?;
-        let mut change = Change::default();
-        for bitmap in &mut list {
-            let Some(live) = bitmap.live.take() else { continue };
-            match self.merged_table(&mut bitmap.stored, &live, &mut change).await {
-                Ok(()) => bitmap.stored.flags &= !IN_USE,
-                Err(error) if error.kind() == liveblk_engine::ErrorKind::Corrupt => {
-                    // It cannot be read, so it cannot be brought up to date: it stays marked.
-                    tracing::warn!(%error, "a bitmap is inconsistent from now on");
-                }
-                Err(error) => {
-                    self.undo(change);
-                    return Err(error);
-                }
-            }
-        }
-        let result = self.conclude(Ok(list), change).await;
-        if result.is_ok() {
-            self.bitmaps.borrow_mut().suspect = false;
-        }
-        result
     }
 }

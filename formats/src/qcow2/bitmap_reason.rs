@@ -39,6 +39,8 @@ pub enum BitmapReason {
     NotFound(String),
     /// The bitmap can only be removed.
     Inconsistent(String),
+    /// Whoever has the image open has its bits.
+    Kept(String),
     /// An empty name.
     NameEmpty,
     /// A name that is too long.
@@ -67,6 +69,7 @@ impl BitmapReason {
             Self::Exists(_) => ErrorKind::AlreadyExists,
             Self::NotFound(_) => ErrorKind::NotFound,
             Self::Version2 => ErrorKind::Unsupported,
+            Self::Kept(_) => ErrorKind::Busy,
             Self::Inconsistent(_)
             | Self::NameEmpty
             | Self::NameLong
@@ -132,6 +135,9 @@ impl fmt::Display for BitmapReason {
                 "Bitmap '{name}' is inconsistent and cannot be used\n\
                  Try block-dirty-bitmap-remove to delete this bitmap from disk"
             ),
+            Self::Kept(name) => {
+                write!(f, "Bitmap '{name}' is changed through the node that has the image open")
+            }
             Self::NameLong => {
                 write!(f, "Name length exceeds maximum ({BITMAP_NAME_MAX} characters)")
             }

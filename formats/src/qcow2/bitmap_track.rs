@@ -2,7 +2,8 @@
 //!
 //! What was written since the image was opened is recorded apart from what the file holds, once per
 //! granularity; both are put together when the bitmaps are stored. So opening an image reads no
-//! bits, and memory grows with what is written, not with what the file claims.
+//! bits, and memory grows with what is written, not with what the file claims. A bitmap whose bits
+//! somebody else has ([`KeptBitmap`]) is not recorded here, only marked.
 //!
 //! Order: (1) a write that finds an enabled bitmap unmarked waits until the directory in the file
 //! says, durably, that every enabled bitmap is in use (one flag each, set in place: whatever a cut
@@ -17,7 +18,9 @@ use std::rc::Rc;
 use liveblk_engine::Result;
 use liveblk_engine::address::{GuestOffset, GuestRange};
 use liveblk_engine::bitmap::DirtyBitmap;
-use liveblk_engine::format::{BitmapInfo, MissId, WriteGuard, WriteSeen, WriteStep, ZeroStep};
+use liveblk_engine::format::{
+    BitmapInfo, KeptBitmap, MissId, WriteGuard, WriteSeen, WriteStep, ZeroStep,
+};
 
 use super::bitmap_change::Prepared;
 use super::bitmap_dir::{IN_USE, Parser, Pointer, Stored, flag_positions};
@@ -37,17 +40,29 @@ pub(super) struct Bitmap {
     pub(super) stored: Stored,
     /// Present while this image records in it; then the mark in the file is its own.
     pub(super) live: Option<Live>,
+    /// Who has the bits and records, if it is not this image.
+    pub(super) kept: Option<Rc<dyn KeptBitmap>>,
 }
 
 impl Bitmap {
     /// Whether nobody may trust the bits.
     pub(super) fn is_inconsistent(&self) -> bool {
-        (self.stored.is_in_use() && self.live.is_none()) || self.stored.is_foreign()
+        let ours = self.live.is_some() || self.kept.is_some();
+        (self.stored.is_in_use() && !ours) || self.stored.is_foreign()
+    }
+
+    pub(super) fn is_called(&self, name: &str) -> bool {
+        self.stored.name == name.as_bytes() || self.stored.text() == name
+    }
+
+    /// Whether writes are recorded.
+    pub(super) fn is_enabled(&self) -> bool {
+        self.kept.as_ref().map_or(self.stored.is_enabled(), |kept| kept.is_enabled())
     }
 
     /// Whether a write must not begin before the file says that the bitmap is in use.
     fn is_unmarked(&self) -> bool {
-        self.stored.is_enabled() && !self.stored.is_in_use()
+        self.is_enabled() && !self.stored.is_in_use()
     }
 }
 
@@ -74,10 +89,7 @@ pub(super) struct Bitmaps {
 impl Bitmaps {
     /// The bitmap called `name` with its place in the list.
     pub(super) fn find(&self, name: &str) -> Option<(usize, &Bitmap)> {
-        let mut list = self.list.iter().enumerate();
-        list.find(|(_, bitmap)| {
-            bitmap.stored.name == name.as_bytes() || bitmap.stored.text() == name
-        })
+        self.list.iter().enumerate().find(|(_, bitmap)| bitmap.is_called(name))
     }
 
     /// Brings what follows from the list up to date.
@@ -96,7 +108,7 @@ impl Bitmaps {
         let info = |bitmap: &Bitmap| BitmapInfo {
             name: bitmap.stored.text(),
             granularity: bitmap.stored.granularity(),
-            enabled: bitmap.stored.is_enabled(),
+            enabled: bitmap.is_enabled(),
             in_use: bitmap.stored.is_in_use(),
             inconsistent: bitmap.is_inconsistent(),
         };
@@ -168,12 +180,20 @@ impl Image {
         let start = self.geometry.host_cluster(pointer.offset);
         let place = Run { start, count: self.geometry.clusters(pointer.bytes) };
         let mut bitmaps = self.bitmaps.borrow_mut();
-        bitmaps.list = list.into_iter().map(|stored| Bitmap { stored, live: None }).collect();
+        // Whoever has the bits goes on, also after a while of being read-only.
+        let known = std::mem::take(&mut bitmaps.list);
+        let bitmap = |stored: Stored| {
+            let same = known.iter().find(|bitmap| bitmap.stored.name == stored.name);
+            let kept = same.and_then(|bitmap| bitmap.kept.clone());
+            let kept = kept.filter(|_| !stored.is_in_use() && !stored.is_foreign());
+            Bitmap { stored, live: None, kept }
+        };
+        bitmaps.list = list.into_iter().map(bitmap).collect();
         bitmaps.place = Some(place);
         bitmaps.refresh();
         let mut state = self.state.borrow_mut();
         for cluster in place.clusters() {
-            state.metadata.entry(cluster.0).or_insert(Meta::Bitmaps);
+            state.metadata.claim(cluster.0, Meta::Bitmaps);
         }
         Ok(())
     }
@@ -267,15 +287,22 @@ impl Image {
 
     /// Marks every enabled bitmap as in use, durably, and begins to record.
     pub(super) async fn mark_in_use(self: &Rc<Self>) -> Result<()> {
+        self.mark_those(Bitmap::is_unmarked).await
+    }
+
+    /// The same for the bitmaps that `which` picks among those without a mark.
+    pub(super) async fn mark_those(self: &Rc<Self>, which: impl Fn(&Bitmap) -> bool) -> Result<()> {
+        let which = |bitmap: &Bitmap| !bitmap.stored.is_in_use() && which(bitmap);
         let _changes = self.bitmap_changes.lock().await;
         self.state.borrow().check_writable()?;
         let (marks, place) = {
             let bitmaps = self.bitmaps.borrow();
-            let Some(place) = bitmaps.place.filter(|_| bitmaps.armed) else { return Ok(()) };
+            let any = bitmaps.list.iter().any(which);
+            let Some(place) = bitmaps.place.filter(|_| any) else { return Ok(()) };
             let positions = flag_positions(bitmaps.list.iter().map(|bitmap| &bitmap.stored));
             let mut marks: BTreeMap<u64, Vec<(usize, u32)>> = BTreeMap::new();
             for (bitmap, at) in bitmaps.list.iter().zip(positions) {
-                if bitmap.is_unmarked() {
+                if which(bitmap) {
                     let within = usize::try_from(at % SECTOR as u64).unwrap_or(0);
                     let flags = bitmap.stored.flags | IN_USE;
                     marks.entry(at - within as u64).or_default().push((within, flags));
@@ -289,10 +316,10 @@ impl Image {
         written?;
         let size = self.state.borrow().header.size;
         let mut records: BTreeMap<u32, Live> = BTreeMap::new();
-        for bitmap in bitmaps.list.iter_mut().filter(|bitmap| bitmap.is_unmarked()) {
-            let Bitmap { stored, live } = bitmap;
+        for bitmap in bitmaps.list.iter_mut().filter(|bitmap| which(bitmap)) {
+            let Bitmap { stored, live, kept } = bitmap;
             stored.flags |= IN_USE;
-            if !stored.is_foreign() {
+            if !stored.is_foreign() && kept.is_none() {
                 let record = records.entry(stored.granularity_bits).or_insert_with(|| {
                     Rc::new(RefCell::new(DirtyBitmap::new(size, stored.granularity())))
                 });

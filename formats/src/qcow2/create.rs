@@ -38,6 +38,8 @@ struct Plan {
     mapped: u64,
     /// Whether the mapped clusters are in another file.
     external: bool,
+    /// Whether every subcluster of a mapped cluster is allocated from the start.
+    allocated: bool,
 }
 
 impl Plan {
@@ -54,6 +56,7 @@ impl Plan {
             tables: if all { entries } else { 0 },
             mapped: if all { geometry.clusters(options.size) } else { 0 },
             external: options.data_file.is_some(),
+            allocated: options.data_file_raw && geometry.extended,
         };
         loop {
             let blocks = plan.end().div_ceil(geometry.block_entries());
@@ -116,8 +119,13 @@ impl Plan {
         let first = index * self.geometry.l2_entries();
         let last = (first + self.geometry.l2_entries()).min(self.mapped);
         for (position, at) in (first..last).enumerate() {
-            // With subclusters: none is allocated yet, the cluster is kept for them.
+            // With subclusters: none is allocated yet, the cluster is kept for them. Not so where
+            // the data file is the disk at any time: what a write leaves there before a power cut
+            // must not be hidden by a bit that was not durable (the peer leaves the bits out).
             set_word(&mut bytes, position * words, self.data(at) | COPIED);
+            if self.allocated {
+                set_word(&mut bytes, position * words + 1, u64::from(u32::MAX));
+            }
         }
         bytes
     }

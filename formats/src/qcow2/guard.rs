@@ -5,8 +5,8 @@
 //! kind of metadata is ([`State::check_targets`]). What is guarded follows the option
 //! `overlap-check`; the allocator always keeps away from all of it.
 
-use super::cache::IntMap;
 use super::check_lists::bitmap_directory;
+use super::claims::Claims;
 use super::header::Header;
 use super::layout::SECTOR;
 use super::state::{Meta, State, Table};
@@ -15,13 +15,13 @@ use crate::reason::Reason;
 
 /// Adds the clusters of the bitmap directory to `metadata`; where two claim one cluster, the first
 /// keeps it.
-pub(super) fn claim_bitmaps(header: &Header, metadata: &mut IntMap<Meta>) {
+pub(super) fn claim_bitmaps(header: &Header, metadata: &mut Claims) {
     let Some((offset, bytes)) = bitmap_directory(header) else { return };
     let geometry = header.geometry;
     let first = geometry.host_cluster(offset).0;
     let clusters = geometry.clusters(bytes).min(INACTIVE_CLUSTERS_MAX);
     for cluster in first..first.saturating_add(clusters) {
-        metadata.entry(cluster).or_insert(Meta::Bitmaps);
+        metadata.claim(cluster, Meta::Bitmaps);
     }
 }
 
@@ -36,7 +36,7 @@ impl State {
         for (dirty, start, meta) in sectors {
             for sector in dirty {
                 let host = start + sector * SECTOR as u64;
-                if self.metadata.get(&geometry.host_cluster(host).0) != Some(&meta) {
+                if !self.metadata.is(geometry.host_cluster(host).0, meta) {
                     return Err(Reason::Overlap(host));
                 }
             }
@@ -46,8 +46,15 @@ impl State {
         }
         for slice in self.l2.dirty_keys() {
             let index = geometry.l1_of_slice(slice);
-            if self.l2_table(index)? == Table::None {
-                return Err(Reason::BadEntry("L1", index as u64, 0));
+            match self.l2_table(index)? {
+                Table::None => return Err(Reason::BadEntry("L1", index as u64, 0)),
+                // A snapshot refers to what was taken for the disk's own.
+                Table::Own(host)
+                    if self.inactive_l2.contains_key(&geometry.host_cluster(host).0) =>
+                {
+                    return Err(Reason::Overlap(host));
+                }
+                _ => {}
             }
         }
         Ok(())

@@ -13,6 +13,7 @@
 //!
 //! What this version does not do is refused by name: see `header`.
 
+mod aging;
 mod ahead;
 mod alloc;
 mod alloc_run;
@@ -21,6 +22,7 @@ mod bitmap_change;
 mod bitmap_dir;
 mod bitmap_reason;
 mod bitmap_resize;
+mod bitmap_store;
 mod bitmap_table;
 mod bitmap_track;
 mod cache;
@@ -29,6 +31,7 @@ mod check_counts;
 mod check_entries;
 mod check_lists;
 mod check_survey;
+mod claims;
 mod codec;
 mod counts;
 mod create;
@@ -39,6 +42,7 @@ mod driver;
 mod entry;
 mod extensions;
 mod flush;
+mod freed;
 mod freeze;
 mod guard;
 mod header;
@@ -63,6 +67,7 @@ mod room;
 mod snapshot;
 mod snapshot_count;
 mod snapshot_table;
+mod snapshot_view;
 mod state;
 mod subcluster;
 mod switch;

@@ -15,6 +15,7 @@ use liveblk_engine::lease::Epochs;
 use liveblk_engine::storage::Storage;
 
 use super::cache::{Cache, IntMap};
+use super::claims::Claims;
 use super::datafile::DataPlace;
 use super::guard::claim_bitmaps;
 use super::header::Header;
@@ -26,6 +27,7 @@ use super::repair::{Repair, repair};
 use super::room::Room;
 use super::snapshot::claim_snapshots;
 use super::snapshot_table::{self, Snapshot};
+use super::snapshot_view::Views;
 use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
 use super::unpack::Unpacked;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
@@ -88,18 +90,19 @@ pub(super) async fn read_words(
     let (mut at, end) = (offset, offset + entries * ENTRY_BYTES);
     while at < end {
         let bytes = read(core, storage, at, (end - at).min(TABLE_PIECE as u64)).await?;
-        words.extend((0..bytes.len() / 8).map(|index| word(&bytes, index)));
+        let (piece, _) = bytes.as_chunks::<8>();
+        words.extend(piece.iter().map(|word| u64::from_be_bytes(*word)));
         at += bytes.len() as u64;
     }
     Ok(words)
 }
 
 /// The tables that stay in memory, and what follows from them.
-struct Tables {
+pub(super) struct Tables {
     l1: Vec<u64>,
     reftable: Vec<u64>,
     snapshots: Vec<Snapshot>,
-    metadata: IntMap<Meta>,
+    metadata: Claims,
     /// The first cluster behind everything known.
     end: u64,
 }
@@ -116,21 +119,27 @@ impl Tables {
         let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
         let reftable = read_words(core, storage, header.reftable_offset, entries).await?;
         let snapshots = snapshot_table::load(core, storage, header).await?;
+        Ok(Self::of(header, l1, reftable, snapshots, storage.size()))
+    }
+
+    /// With what follows from the tables of a file of `size` bytes.
+    pub(super) fn of(
+        header: &Header,
+        l1: Vec<u64>,
+        reftable: Vec<u64>,
+        snapshots: Vec<Snapshot>,
+        size: u64,
+    ) -> Self {
+        let geometry = header.geometry;
         let mut metadata = metadata_of(header, &l1, &reftable);
-        claim_snapshots(
-            &mut metadata,
-            geometry,
-            header.snapshots_offset,
-            &snapshots,
-            storage.size(),
-        );
+        claim_snapshots(&mut metadata, geometry, header.snapshots_offset, &snapshots, size);
         claim_bitmaps(header, &mut metadata);
-        let last = metadata.keys().copied().max().unwrap_or(0);
-        let file_end = geometry.clusters(storage.size());
+        let last = metadata.last().unwrap_or(0);
+        let file_end = geometry.clusters(size);
         // Absurd table entries must not move the end; using them gives an error anyway.
         let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
         let end = if last < sane { file_end.max(last + 1) } else { file_end };
-        Ok(Self { l1, reftable, snapshots, metadata, end })
+        Self { l1, reftable, snapshots, metadata, end }
     }
 }
 
@@ -151,10 +160,12 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     if writable && header.dirty() {
         header = repair_dirty(&core, &storage).await?;
     }
+    header.geometry.slice_bits = options.l2_cache_entry.map_or(0, u64::trailing_zeros);
     let state = load_state(&core, &storage, header, &options, &name).await?;
     let image = assemble(core, storage, data, filename, options, state);
     image.load_directory().await?;
     if writable {
+        image.guard_snapshots().await;
         image.state.borrow_mut().writable = true;
         image.become_writable().await?;
         image.cut_left_room().await?;
@@ -163,7 +174,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
 }
 
 /// The image around its state.
-fn assemble(
+pub(super) fn assemble(
     core: Core,
     storage: Storage,
     data: Option<Storage>,
@@ -190,6 +201,8 @@ fn assemble(
         packing: Semaphore::new(&core, packing),
         room: Room::new(&core, &storage, options.room_ahead),
         mapped_ahead: Cell::new(None),
+        views: Views::default(),
+        aging: Cell::new(false),
         core,
         storage,
         data,
@@ -228,10 +241,22 @@ pub(super) async fn load_state(
     options: &Options,
     name: &str,
 ) -> Result<State> {
+    let tables = Tables::load(core, storage, &header, name).await?;
+    #[cfg_attr(not(feature = "planted-bugs"), expect(unused_mut))]
+    let mut state = state_of(header, tables, options);
+    #[cfg(feature = "planted-bugs")]
+    {
+        use liveblk_engine::planted::{Planted, has};
+        state.reuses_at_once = has(core, Planted::FreedReusedAtOnce);
+    }
+    Ok(state)
+}
+
+/// The state of an image with these tables, of which nothing is cached yet.
+pub(super) fn state_of(header: Header, tables: Tables, options: &Options) -> State {
     let geometry = header.geometry;
-    let Tables { l1, reftable, snapshots, metadata, end } =
-        Tables::load(core, storage, &header, name).await?;
-    Ok(State {
+    let Tables { l1, reftable, snapshots, metadata, end } = tables;
+    State {
         geometry,
         data_place: DataPlace::of(&header, options.discard_unmap),
         header,
@@ -241,10 +266,13 @@ pub(super) async fn load_state(
         l1_dirty: BTreeSet::new(),
         reftable,
         reftable_dirty: BTreeSet::new(),
-        l2: cache(options.l2_cache, geometry),
-        refs: cache(options.refcount_cache, geometry),
+        l2: cache(options.l2_cache, geometry.slice_bytes()),
+        refs: cache(options.refcount_cache, geometry.ref_slice_bytes()),
         metadata,
         overlap: options.overlap,
+        inactive_l2: IntMap::default(),
+        passes: options.passes(),
+        no_unref: options.no_unref,
         mapped: Mapped::default(),
         pending: BTreeMap::new(),
         writes: IntMap::default(),
@@ -260,41 +288,42 @@ pub(super) async fn load_state(
         snapshots,
         write_outs: 0,
         #[cfg(feature = "planted-bugs")]
-        reuses_at_once: liveblk_engine::planted::has(
-            core,
-            liveblk_engine::planted::Planted::FreedReusedAtOnce,
-        ),
-    })
+        reuses_at_once: false,
+    }
 }
 
-fn cache(bytes: u64, geometry: Geometry) -> Cache {
-    let slices = usize::try_from(bytes / geometry.slice_bytes()).unwrap_or(usize::MAX);
+fn cache(bytes: u64, slice: u64) -> Cache {
+    let slices = usize::try_from(bytes / slice).unwrap_or(usize::MAX);
     Cache::new(slices.max(CACHE_SLICES_MIN))
 }
 
 /// Which clusters hold metadata. Where two claim one cluster, the first keeps it and the use of the
 /// other is an error.
-fn metadata_of(header: &Header, l1: &[u64], reftable: &[u64]) -> IntMap<Meta> {
+fn metadata_of(header: &Header, l1: &[u64], reftable: &[u64]) -> Claims {
     let geometry = header.geometry;
-    let mut map: IntMap<Meta> = IntMap::default();
+    let mut claims = Claims::default();
     let mut claim = |offset: u64, bytes: u64, meta: Meta| {
         let first = geometry.host_cluster(offset).0;
         for cluster in first..first + geometry.clusters(bytes) {
-            map.entry(cluster).or_insert(meta);
+            claims.claim(cluster, meta);
         }
     };
     claim(0, geometry.cluster(), Meta::Header);
     let table = u64::from(header.reftable_clusters) << geometry.cluster_bits;
     claim(header.reftable_offset, table, Meta::RefTable);
     claim(header.l1_offset, u64::from(header.l1_size) * ENTRY_BYTES, Meta::L1);
-    for (index, raw) in reftable.iter().enumerate().filter(|(_, raw)| **raw != 0) {
-        claim(raw & REFTABLE_MASK, 1, Meta::RefBlock(index as u64));
-    }
-    for (index, raw) in l1.iter().enumerate() {
-        let host = raw & OFFSET_MASK & !COPIED;
-        if host != 0 {
-            claim(host, 1, Meta::L2(index as u64));
-        }
-    }
-    map
+    claims.claim_tables(Meta::RefBlock, tables_of(reftable, REFTABLE_MASK, geometry));
+    claims.claim_tables(Meta::L2, tables_of(l1, OFFSET_MASK, geometry));
+    claims
+}
+
+/// The index and the cluster of each table that entries name.
+pub(super) fn tables_of(
+    entries: &[u64],
+    mask: u64,
+    geometry: Geometry,
+) -> impl Iterator<Item = (u64, u64)> + Clone {
+    let hosts = (0_u64..).zip(entries).map(move |(index, raw)| (index, raw & mask));
+    let there = hosts.filter(|(_, host)| *host != 0);
+    there.map(move |(index, host)| (index, geometry.host_cluster(host).0))
 }

@@ -10,6 +10,7 @@ use std::rc::Rc;
 use liveblk_engine::Result;
 
 use super::counts;
+use super::freed::Cause;
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, Geometry, HostCluster, Run};
 use super::state::{Meta, set_word};
@@ -33,7 +34,9 @@ impl Move {
         let first_block = start / per_block;
         let mut blocks = 1;
         loop {
-            let entries = (old_entries + old_entries / 2).max(first_block + blocks);
+            let wanted =
+                (old_entries + old_entries / 2).min(REFCOUNT_TABLE_BYTES_MAX / ENTRY_BYTES);
+            let entries = wanted.max(first_block + blocks);
             let table_clusters = geometry.clusters(entries * ENTRY_BYTES);
             let end = start + blocks + table_clusters;
             let needed = end.div_ceil(per_block) - first_block;
@@ -70,9 +73,16 @@ impl Image {
         let geometry = self.geometry;
         let _tables = self.tables.lock().await;
         self.write_out().await?;
-        let (plan, old, table) = {
+        let plan = {
             let state = self.state.borrow();
-            let plan = Move::plan(geometry, state.allocator.end, state.reftable.len() as u64);
+            Move::plan(geometry, state.allocator.end, state.reftable.len() as u64)
+        };
+        // A sparse file can be so large that nothing could hold its refcounts.
+        if plan.table_clusters << geometry.cluster_bits > REFCOUNT_TABLE_BYTES_MAX {
+            return Err(self.error(Reason::TableFull, "allocate"));
+        }
+        let (old, table) = {
+            let state = self.state.borrow();
             let mut table = state.reftable.clone();
             let entries = (plan.table_clusters << geometry.cluster_bits) / ENTRY_BYTES;
             table.resize(usize::try_from(entries).unwrap_or(0), 0);
@@ -84,11 +94,8 @@ impl Image {
             }
             let start = geometry.host_cluster(state.header.reftable_offset);
             let old = Run { start, count: u64::from(state.header.reftable_clusters) };
-            (plan, old, table)
+            (old, table)
         };
-        if plan.table_clusters << geometry.cluster_bits > REFCOUNT_TABLE_BYTES_MAX {
-            return Err(self.error(Reason::TableFull, "allocate"));
-        }
         for at in 0..plan.blocks {
             let host = geometry.host(HostCluster(plan.start + at));
             self.write_bytes(host, &plan.block(geometry, at)).await?;
@@ -105,7 +112,7 @@ impl Image {
         state.reftable_dirty.clear();
         state.allocator.end = state.allocator.end.max(plan.end());
         for cluster in old.clusters() {
-            state.metadata.remove(&cluster.0);
+            state.metadata.remove(cluster.0);
         }
         for at in 0..plan.table_clusters {
             state.metadata.insert(plan.table().0 + at, Meta::RefTable);
@@ -113,6 +120,7 @@ impl Image {
         for at in 0..plan.blocks {
             state.metadata.insert(plan.start + at, Meta::RefBlock(plan.first_block + at));
         }
+        let old = state.freed(old, Cause::Other);
         state.quarantine.push_back((self.epochs.retire(), vec![old]));
         Ok(())
     }
@@ -153,6 +161,7 @@ mod tests {
                 refcount_order,
                 extended: false,
                 external: false,
+                slice_bits: 0,
             };
             for old in [1, 64, 4096] {
                 let start = old * geometry.block_entries() + 3;

@@ -6,11 +6,17 @@
 //! from that moment on. Entries may refer to clusters not far behind the end of the file: the new
 //! structures keep away from those, and count the ones that the file then has (they read as
 //! zeroes).
+//!
+//! A device does not grow: there "everything else" ends behind the last cluster that something
+//! refers to, or that the old refcounts call used. Where tables could not be followed, nobody knows
+//! where that is; then, and where the room is too small, the repair is refused before anything is
+//! written.
 
 use std::collections::BTreeSet;
 
 use liveblk_engine::Result;
 
+use super::check_counts::Counts;
 use super::check_survey::Survey;
 use super::counts;
 use super::layout::{ENTRY_BYTES, Geometry};
@@ -109,7 +115,7 @@ impl Survey<'_> {
         if used.len() as u64 > REBUILD_BLOCKS_SPARSE + clusters / 16 {
             return refuse(Reason::Scattered);
         }
-        let mut start = geometry.clusters(self.storage.size()).max(self.references.limit());
+        let mut start = self.first_free()?;
         let region = loop {
             let between = self.beyond.range(..start).map(|(cluster, _)| cluster);
             used.extend(between.map(|cluster| cluster / geometry.block_entries()));
@@ -122,12 +128,38 @@ impl Survey<'_> {
         if region.table << geometry.cluster_bits > REFCOUNT_TABLE_BYTES_MAX {
             return refuse(Reason::TableFull);
         }
+        self.check_room(&region)?;
         self.references.raise_limit(region.end());
         for (cluster, times) in self.beyond.range(..region.start) {
             self.references.add(*cluster, *times);
         }
         (region.start..region.end()).for_each(|cluster| self.references.set(cluster, 1));
         Ok(region)
+    }
+
+    /// The first cluster behind everything.
+    fn first_free(&self) -> Result<u64> {
+        let geometry = self.header.geometry;
+        if self.storage.can_grow() {
+            return Ok(geometry.clusters(self.storage.size()).max(self.references.limit()));
+        }
+        if self.incomplete {
+            let reason = Reason::RebuildRoom(geometry.cluster(), 0);
+            return Err(reason.error("repair").on(self.storage.name()));
+        }
+        let highest = [&self.references, &self.stored].map(Counts::highest);
+        Ok(highest.into_iter().flatten().max().map_or(1, |last| last + 1))
+    }
+
+    /// Whether a device has room for the new structures.
+    fn check_room(&self, region: &Region) -> Result<()> {
+        let bits = self.header.geometry.cluster_bits;
+        if self.storage.can_grow() || region.end() << bits <= self.storage.size() {
+            return Ok(());
+        }
+        let needed = (region.end() - region.start) << bits;
+        let there = self.storage.size().saturating_sub(region.start << bits);
+        Err(Reason::RebuildRoom(needed, there).error("repair").on(self.storage.name()))
     }
 
     /// Takes the references of what the header will no longer name out of the counts.
@@ -177,7 +209,9 @@ mod tests {
     fn a_region_has_a_block_for_each_of_its_clusters_and_no_more() {
         for (cluster_bits, refcount_order) in [(9, 6), (9, 0), (12, 3), (16, 4), (21, 6)] {
             let (version, extended, external) = (3, false, false);
-            let geometry = Geometry { version, cluster_bits, refcount_order, extended, external };
+            let slice_bits = 0;
+            let geometry =
+                Geometry { version, cluster_bits, refcount_order, extended, external, slice_bits };
             for (start, snapshots) in [(1, 0), (500, 3), (70_001, 1), (9_999_999, 40)] {
                 let used: BTreeSet<u64> = (0..start).step_by(777).collect::<BTreeSet<_>>();
                 let used = used.iter().map(|at| at / geometry.block_entries()).collect();

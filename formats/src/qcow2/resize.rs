@@ -17,6 +17,7 @@ use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::datafile::DataPlace;
 use super::entry::Entry;
+use super::freed::Cause;
 use super::freeze::Frozen;
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, GuestCluster, Run};
@@ -80,13 +81,13 @@ impl Image {
         }
         self.hide(whole, hidden).await?;
         let raw = self.state.borrow().data_place == DataPlace::Raw;
-        match to.preallocation {
-            Preallocation::Off if !raw => {}
-            // All of a raw data file is mapped: what is in it shows, also after a cut.
-            Preallocation::Off => {
-                self.preallocate(whole, to.size, Preallocation::Metadata).await?;
-            }
-            mode => self.preallocate(whole, to.size, mode).await?,
+        let mode = match to.preallocation {
+            // As at creation: a raw data file can be told from the disk at no time.
+            Preallocation::Off if raw => Preallocation::Metadata,
+            mode => mode,
+        };
+        if mode != Preallocation::Off {
+            self.preallocate(whole, to.size, mode).await?;
         }
         self.fit_data_file(to.size).await?;
         Rc::clone(self).flush().await?;
@@ -159,7 +160,7 @@ impl Image {
         }
         self.link(at, host).await?;
         if let Some(old) = entry.references(self.geometry).filter(|_| !external) {
-            self.state.borrow_mut().unlink_run(old);
+            self.state.borrow_mut().unlink_run(old, Cause::Rewrite);
         }
         Ok(())
     }
@@ -234,6 +235,8 @@ impl Image {
         let cluster = self.geometry.cluster();
         let mut at = from / cluster;
         let end = to.div_ceil(cluster);
+        // Where the data file ends at most.
+        let behind = to.next_multiple_of(self.geometry.subcluster());
         while at < end {
             let want = (end - at).min(ALLOC_CLUSTERS_MAX);
             let external = self.geometry.external;
@@ -248,7 +251,8 @@ impl Image {
                     self.state.borrow_mut().give_back(run);
                 }
             };
-            if let Err(error) = self.clear_space(run, mode).await {
+            let most = if external { behind } else { u64::MAX };
+            if let Err(error) = self.clear_space(run, mode, most).await {
                 give_back(run);
                 return Err(error);
             }
@@ -270,8 +274,9 @@ impl Image {
         Ok(())
     }
 
-    /// Makes the space of new clusters read as zeroes.
-    async fn clear_space(self: &Rc<Self>, run: Run, mode: Preallocation) -> Result<()> {
+    /// Makes the space of new clusters read as zeroes; the file grows to byte `most` at most, if
+    /// nothing has to be written.
+    async fn clear_space(self: &Rc<Self>, run: Run, mode: Preallocation, most: u64) -> Result<()> {
         let host = self.geometry.place(self.geometry.host(run.start)).bytes();
         let (bytes, storage) = (run.count * self.geometry.cluster(), self.data_storage());
         match mode {
@@ -280,8 +285,9 @@ impl Image {
                 // Behind the end of the file nothing has to be written.
                 let inside = storage.size().saturating_sub(host).min(bytes);
                 storage.write_zeroes(host, inside, true).await?;
-                if storage.size() < host + bytes {
-                    storage.truncate(host + bytes).await?;
+                let end = most.min(host + bytes);
+                if storage.size() < end {
+                    storage.truncate(end).await?;
                 }
             }
             Preallocation::Falloc => storage.write_zeroes(host, bytes, false).await?,
@@ -330,12 +336,13 @@ impl Image {
         };
         state.l1.resize(usize::try_from(needed).unwrap_or(0), 0);
         for cluster in old.clusters() {
-            state.metadata.remove(&cluster.0);
+            state.metadata.remove(cluster.0);
         }
         for cluster in run.clusters() {
             state.metadata.insert(cluster.0, Meta::L1);
         }
         if old.count > 0 {
+            let old = state.freed(old, Cause::Other);
             state.quarantine.push_back((self.epochs.retire(), vec![old]));
         }
         Ok(())

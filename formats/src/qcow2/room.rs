@@ -163,7 +163,7 @@ impl Image {
             if !matches!(state.health, Health::Good) || state.header.dirty() {
                 return Ok(None);
             }
-            let tables = state.metadata.keys().max().map_or(1, |last| last + 1);
+            let tables = state.metadata.last().map_or(1, |last| last + 1);
             let blocks = state.reftable.len() as u64;
             ((0..blocks).rev().find(|index| state.block(*index) != Ok(0)), tables)
         };

@@ -14,14 +14,18 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::format::{InternalSnapshots, LocalFuture, SnapshotInfo};
+use liveblk_engine::format::{
+    Format, InternalSnapshots, LocalFuture, SnapshotChoice, SnapshotInfo,
+};
 use liveblk_engine::{Error, ErrorKind, Result};
 
-use super::cache::IntMap;
+use super::claims::Claims;
+use super::freed::Cause;
 use super::image::Image;
 use super::layout::{
     COPIED, ENTRY_BYTES, Geometry, HostCluster, INCOMPATIBLE_DATA_FILE, OFFSET_MASK, Run,
 };
+use super::open::tables_of;
 use super::snapshot_count::clear_copied;
 use super::snapshot_table::{Snapshot, encode};
 use super::state::{Meta, State, Table};
@@ -48,6 +52,10 @@ impl InternalSnapshots for Snapshots {
     fn apply(&self, id_or_name: &str) -> LocalFuture<'static, Result<()>> {
         self.0.run(Rc::clone(&self.0).apply_snapshot(id_or_name.to_owned()))
     }
+
+    fn view(&self, which: SnapshotChoice) -> LocalFuture<'static, Result<Rc<dyn Format>>> {
+        self.0.run(Rc::clone(&self.0).view_snapshot(which))
+    }
 }
 
 /// A new set of tables, ready to be published.
@@ -70,7 +78,7 @@ impl Image {
     }
 
     /// The snapshot with this id, else the one with this name.
-    fn find_snapshot(&self, text: &str, op: &'static str) -> Result<(usize, Snapshot)> {
+    pub(super) fn find_snapshot(&self, text: &str, op: &'static str) -> Result<(usize, Snapshot)> {
         let state = self.state.borrow();
         let list = &state.snapshots;
         let at = list.iter().position(|snapshot| snapshot.has_id(text));
@@ -108,6 +116,7 @@ impl Image {
             NewTables { size, l1, l1_place, snapshots }
         });
         self.finish(switch, new).await?;
+        self.guard_snapshots().await;
         Ok(info.unwrap_or_default())
     }
 
@@ -115,6 +124,7 @@ impl Image {
         self.check_snapshots("delete a snapshot")?;
         let frozen = self.freeze().await?;
         let (at, snapshot) = self.find_snapshot(&text, "delete a snapshot")?;
+        self.check_not_viewed(&snapshot)?;
         let old = self.snapshot_l1(&snapshot).await?;
         let (mut list, l1, size) = {
             let state = self.state.borrow();
@@ -128,7 +138,11 @@ impl Image {
         let [l1_place, table] = places[..] else { unreachable!("as many as asked for") };
         let result = switch.drop_snapshot(&snapshot, &old, l1).await;
         let new = result.map(|l1| NewTables { size, l1, l1_place, snapshots: Some((list, table)) });
-        self.finish(switch, new).await.map(|_| ())
+        let punch = self.finish(switch, new).await?;
+        self.leases_end().await;
+        self.punch_all(punch, Cause::Snapshot).await;
+        self.guard_snapshots().await;
+        Ok(())
     }
 
     async fn apply_snapshot(self: Rc<Self>, text: String) -> Result<()> {
@@ -157,7 +171,8 @@ impl Image {
         let punch = self.finish(switch, new).await?;
         // Reads of the old disk may be under way.
         self.leases_end().await;
-        self.punch_all(punch).await;
+        self.punch_all(punch, Cause::Snapshot).await;
+        self.guard_snapshots().await;
         Ok(())
     }
 
@@ -374,15 +389,13 @@ impl State {
 
     /// Enters the clusters of the current tables as metadata, in place of the ones before.
     fn claim_again(&mut self) {
-        self.metadata.retain(|_, meta| !matches!(meta, Meta::L1 | Meta::L2(_) | Meta::Snapshots));
+        self.metadata.forget_mapping();
         let (l1, _) = self.places();
         for cluster in l1.clusters() {
-            self.metadata.entry(cluster.0).or_insert(Meta::L1);
+            self.metadata.claim(cluster.0, Meta::L1);
         }
-        for (index, raw) in self.l1.iter().enumerate().filter(|(_, raw)| **raw != 0) {
-            let cluster = self.geometry.host_cluster(*raw & OFFSET_MASK).0;
-            self.metadata.entry(cluster).or_insert(Meta::L2(index as u64));
-        }
+        let tables = tables_of(&self.l1, OFFSET_MASK, self.geometry);
+        self.metadata.claim_tables(Meta::L2, tables);
         let offset = self.header.snapshots_offset;
         let end = self.allocator.end << self.geometry.cluster_bits;
         claim_snapshots(&mut self.metadata, self.geometry, offset, &self.snapshots, end);
@@ -391,7 +404,7 @@ impl State {
 
 /// Enters the snapshot table and the L1 tables of snapshots as metadata, of a file of `size` bytes.
 pub(super) fn claim_snapshots(
-    metadata: &mut IntMap<Meta>,
+    metadata: &mut Claims,
     geometry: Geometry,
     offset: u64,
     list: &[Snapshot],
@@ -404,7 +417,7 @@ pub(super) fn claim_snapshots(
         let count = geometry.clusters(bytes).min(left);
         left -= count;
         for cluster in first..first.saturating_add(count) {
-            metadata.entry(cluster).or_insert(Meta::Snapshots);
+            metadata.claim(cluster, Meta::Snapshots);
         }
     };
     claim(offset, encode(list).map_or(0, |bytes| bytes.len() as u64));

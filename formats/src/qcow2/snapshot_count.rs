@@ -75,8 +75,9 @@ impl Image {
         }
         let host = raw & OFFSET_MASK;
         let state = self.state.borrow();
-        let meta = state.metadata.get(&self.geometry.host_cluster(host).0);
-        let foreign = meta.is_some_and(|meta| *meta != Meta::L2(index as u64));
+        let cluster = self.geometry.host_cluster(host).0;
+        let own = state.metadata.is(cluster, Meta::L2(index as u64));
+        let foreign = !own && state.metadata.contains(cluster);
         if raw & !(OFFSET_MASK | COPIED) != 0
             || host == 0
             || !self.geometry.aligned(host)

@@ -25,11 +25,12 @@ use liveblk_engine::Result;
 use liveblk_engine::executor::sync::MutexGuard;
 
 use super::counts;
+use super::freed::{Cause, push_cluster};
 use super::freeze::Frozen;
 use super::header::Header;
 use super::image::Image;
 use super::layout::{HostCluster, Run};
-use super::state::{Health, Meta, State, push_cluster};
+use super::state::{Health, Meta, State};
 use crate::limits::{ALLOC_CLUSTERS_MAX, SWITCH_DEFERRED_MAX, SWITCH_PUNCH_RUNS_MAX};
 use crate::reason::Reason;
 
@@ -252,7 +253,7 @@ impl<'a> Switch<'a> {
             }
             // The old place is known if the block was moved, and was counted as free then.
             self.moved.entry(index).or_insert(host);
-            state.metadata.remove(&own.0);
+            state.metadata.remove(own.0);
             state.place_block(index, 0);
         }
         Ok(())
@@ -287,13 +288,13 @@ impl<'a> Switch<'a> {
         }
         let mut state = self.image.state.borrow_mut();
         for cluster in old_table.clusters() {
-            state.metadata.remove(&cluster.0);
+            state.metadata.remove(cluster.0);
         }
         for cluster in self.reftable.clusters() {
             state.metadata.insert(cluster.0, Meta::RefTable);
         }
         for (_, old) in std::mem::take(&mut self.moved) {
-            state.metadata.remove(&self.image.geometry.host_cluster(old).0);
+            state.metadata.remove(self.image.geometry.host_cluster(old).0);
         }
         follow(&mut state);
         state.l2.clear();
@@ -343,7 +344,7 @@ impl<'a> Switch<'a> {
             let new = state.block(*index).unwrap_or(0);
             state.place_block(*index, *old);
             if new != 0 {
-                state.metadata.remove(&self.image.geometry.host_cluster(new).0);
+                state.metadata.remove(self.image.geometry.host_cluster(new).0);
             }
             let old = self.image.geometry.host_cluster(*old).0;
             state.metadata.insert(old, Meta::RefBlock(*index));
@@ -425,10 +426,10 @@ impl Image {
         }
     }
 
-    /// Gives the space of free clusters back to the storage, if that is wanted. The caller holds
-    /// `growth`, and no lease covers them.
-    pub(super) async fn punch_all(&self, runs: Vec<Run>) {
-        if !self.options.discard_unmap {
+    /// Gives the space of clusters that became free for `cause` back to the storage, if that is
+    /// wanted. The caller holds `growth`, and no lease covers them.
+    pub(super) async fn punch_all(&self, runs: Vec<Run>, cause: Cause) {
+        if !self.state.borrow().passes.has(cause) {
             return;
         }
         for run in runs {

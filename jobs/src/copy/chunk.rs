@@ -95,6 +95,9 @@ impl Copy {
 
     /// The region becomes dirty again; its owner drops it after that.
     fn read_failed(&self, run: &Run, error: liveblk_engine::Error) {
+        if self.fills.get() && !self.is_dead() {
+            return self.fill_failed(run, error);
+        }
         self.mark(run.region.range(), false);
         if self.is_dead() {
             return;
@@ -120,6 +123,17 @@ impl Copy {
         }
     }
 
+    /// A part of a layer could not be filled: it is left out, or tried again after a pause.
+    fn fill_failed(&self, run: &Run, error: liveblk_engine::Error) {
+        match self.job.on_error(Operation::Read, &error) {
+            Action::Report => self.fail(JobError::Engine(error)),
+            Action::Ignore => {
+                self.skipped.borrow_mut().get_or_insert(error);
+            }
+            Action::Stop => self.mark(run.region.range(), false),
+        }
+    }
+
     /// Brings `content` to the target, as often as the policy wants; false if the copy is over.
     async fn put(&self, run: &Run, piece: GuestRange, content: Content) -> bool {
         loop {
@@ -129,6 +143,12 @@ impl Copy {
             let start = piece.start.bytes();
             let origin = self.origin_of(run);
             let written = match &content {
+                Content::Bytes(bytes) if self.fills.get() => {
+                    self.target.fill(start, bytes.clone(), origin)
+                }
+                Content::Zeroes(len) if self.fills.get() => {
+                    self.target.fill_zeroes(start, *len, origin)
+                }
                 Content::Bytes(bytes) => {
                     let flags = WriteFlags { compressed: self.compress, ..WriteFlags::default() };
                     self.target.write(start, bytes.clone(), flags, origin)
@@ -140,6 +160,10 @@ impl Copy {
             };
             let Err(error) = written.await else { return true };
             if self.is_dead() {
+                return false;
+            }
+            if self.fills.get() {
+                self.fill_failed(run, error);
                 return false;
             }
             if self.in_last_pass() {

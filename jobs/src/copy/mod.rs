@@ -18,7 +18,9 @@
 mod chunk;
 mod plan;
 mod run;
+mod section;
 mod state;
 
 pub(crate) use self::plan::Plan;
+pub(crate) use self::section::Layers;
 pub(crate) use self::state::{Copy, CopySetup};

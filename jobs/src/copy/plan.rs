@@ -64,7 +64,7 @@ impl Copy {
         Ok(())
     }
 
-    async fn source_status(&self, step: GuestRange) -> Result<Vec<StatusExtent>> {
+    pub(super) async fn source_status(&self, step: GuestRange) -> Result<Vec<StatusExtent>> {
         loop {
             let status = self.source.block_status(step.start.bytes(), step.len);
             match self.job.unless_dead(status, || self.is_dead()).await {
@@ -76,7 +76,13 @@ impl Copy {
     }
 
     /// Takes over what a look at `step` found: granules with `data`, granules that need a `copy`.
-    fn apply(&self, plan: Plan, step: GuestRange, data: &DirtyBitmap, copy: &DirtyBitmap) {
+    pub(super) fn apply(
+        &self,
+        plan: Plan,
+        step: GuestRange,
+        data: &DirtyBitmap,
+        copy: &DirtyBitmap,
+    ) {
         let moved =
             |run: GuestRange| GuestRange::new(step.start.plus(run.start.bytes()).bytes(), run.len);
         {
@@ -149,7 +155,7 @@ async fn zero_if_needed(node: &Rc<Node>, at: u64, len: u64) -> liveblk_engine::R
     node.write_zeroes(at, len, flags, Origin::External).await
 }
 
-fn is_data(run: &StatusExtent) -> bool {
+pub(super) fn is_data(run: &StatusExtent) -> bool {
     run.kind == StatusKind::Data
 }
 

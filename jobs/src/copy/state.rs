@@ -69,6 +69,10 @@ pub(crate) struct Copy {
     pub(super) retry_at: Cell<u64>,
     phase: Cell<Phase>,
     failure: RefCell<Option<JobError>>,
+    /// The target is the source: only what its own layer does not have is written.
+    pub(super) fills: Cell<bool>,
+    /// The first copy that was left out under `ignore` (only where the target is filled).
+    pub(super) skipped: RefCell<Option<liveblk_engine::Error>>,
     /// What ended the last pass.
     pub(super) pass_failure: RefCell<Option<(Operation, liveblk_engine::Error)>>,
     hold: RefCell<Option<Rc<dyn Any>>>,
@@ -112,11 +116,29 @@ impl Copy {
             retry_at: Cell::new(0),
             phase: Cell::new(Phase::Background),
             failure: RefCell::new(None),
+            fills: Cell::new(false),
+            skipped: RefCell::new(None),
             pass_failure: RefCell::new(None),
             hold: RefCell::new(Some(setup.hold)),
         };
         copy.note_left();
         Rc::new(copy)
+    }
+
+    /// The copies go into the source's own layer, where it has nothing. A failed copy is then a
+    /// failed read, whatever half failed, and is left out under `ignore`, as the peer does.
+    pub(crate) fn fill_source(&self) {
+        self.fills.set(true);
+    }
+
+    /// The first copy that was left out.
+    pub(crate) fn skipped(&self) -> Option<JobError> {
+        self.skipped.borrow().clone().map(JobError::Engine)
+    }
+
+    /// What a failure of `operation` is told as.
+    pub(super) fn told_as(&self, operation: Operation) -> Operation {
+        if self.fills.get() { Operation::Read } else { operation }
     }
 
     pub(crate) fn job(&self) -> &Rc<Job> {
@@ -194,7 +216,7 @@ impl Copy {
         operation: Operation,
         error: liveblk_engine::Error,
     ) -> Result<()> {
-        match self.job.on_error(operation, &error) {
+        match self.job.on_error(self.told_as(operation), &error) {
             Action::Report => {
                 self.fail(JobError::Engine(error));
                 self.check()

@@ -171,7 +171,7 @@ class Daemon:
             raise AssertionError(died)
 
     # -- QMP ------------------------------------------------------------------------------------
-    async def cmd(self, name, arguments=None, timeout=WAIT_SECONDS, recorded=True, **kw):
+    async def cmd(self, name, /, arguments=None, timeout=WAIT_SECONDS, recorded=True, **kw):
         """Executes one command; returns its value, raises Refused.
 
         `recorded=False` keeps it out of the record: for polls, whose number depends on timing.
@@ -189,7 +189,7 @@ class Daemon:
         note(("reply", name, value))
         return value
 
-    async def refused(self, name, arguments=None, **kw):
+    async def refused(self, name, /, arguments=None, **kw):
         """Executes a command that must fail; returns (class, desc)."""
         try:
             value = await self.cmd(name, arguments, **kw)

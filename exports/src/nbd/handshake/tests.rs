@@ -7,10 +7,21 @@ use crate::nbd::wire::{OptionReplyHeader, encode_info_query, encode_meta_query};
 
 const FLAGS: Transmission = Transmission(0xd6d & !0x80);
 
+/// Nothing beyond `base:allocation`.
+fn no_more() -> &'static ContextOffer {
+    Box::leak(Box::default())
+}
+
 fn offers() -> Vec<Offer<'static>> {
     vec![
-        Offer { name: "e", description: None, size: 1 << 20, flags: FLAGS },
-        Offer { name: "", description: Some("a disk"), size: 512, flags: FLAGS },
+        Offer { name: "e", description: None, size: 1 << 20, flags: FLAGS, contexts: no_more() },
+        Offer {
+            name: "",
+            description: Some("a disk"),
+            size: 512,
+            flags: FLAGS,
+            contexts: no_more(),
+        },
     ]
 }
 
@@ -47,7 +58,7 @@ fn go_answers_block_sizes_then_export_then_ack_and_starts() {
     let sizes = b"\0\x03\0\0\0\x01\0\0\x10\0\x02\0\0\0".to_vec();
     let export = b"\0\0\0\0\0\0\0\x10\0\0\x0d\x6d".to_vec();
     assert_eq!(replies(&step), [(3, sizes), (3, export), (1, Vec::new())]);
-    let features = Features { structured: false, allocation: false };
+    let features = Features { structured: false, contexts: Vec::new() };
     assert!(matches!(step, Step::Start(_, 0, got) if got == features));
 }
 
@@ -169,7 +180,10 @@ fn contexts_are_listed_by_wildcard_and_set_by_name() {
         ask(&mut client, OptionCode::StructuredReply, b"");
         let got = ask(&mut client, option, &encode_meta_query(b"e", queries));
         assert_eq!(got, if found { &listed[..] } else { &none[..] }, "{option:?} {queries:?}");
-        assert_eq!(features_after(&mut client, b"e").allocation, found && option == set);
+        assert_eq!(
+            features_after(&mut client, b"e").contexts.is_empty(),
+            !(found && option == set)
+        );
     }
 }
 
@@ -181,10 +195,10 @@ fn a_context_holds_for_the_export_it_was_set_for_and_until_the_next_set() {
     assert_eq!(error(&ask(&mut client, set, &query)).0, 3, "needs structured replies");
     ask(&mut client, OptionCode::StructuredReply, b"");
     ask(&mut client, set, &query);
-    assert!(!features_after(&mut client, b"").allocation);
-    assert!(features_after(&mut client, b"e").allocation);
+    assert!(features_after(&mut client, b"").contexts.is_empty());
+    assert_eq!(features_after(&mut client, b"e").contexts, [Context::Allocation]);
     assert_eq!(error(&ask(&mut client, set, &encode_meta_query(b"x", &[]))).0, 6);
-    assert!(!features_after(&mut client, b"e").allocation);
+    assert!(features_after(&mut client, b"e").contexts.is_empty());
 }
 
 #[test]

@@ -46,6 +46,12 @@ impl ChunkHead {
         Self::from_parts(header.as_bytes(), &tail)
     }
 
+    /// A chunk with `length` bytes of payload that follow, before others.
+    pub fn part(cookie: u64, kind: u16, length: u32) -> Self {
+        let header = ChunkHeader::new(cookie, kind, 0, length);
+        Self::from_parts(header.as_bytes(), &[])
+    }
+
     /// The last chunk of a reply, with `length` bytes of payload that follow.
     pub fn last(cookie: u64, kind: u16, length: u32) -> Self {
         let header = ChunkHeader::new(cookie, kind, chunk_type::DONE, length);

@@ -48,6 +48,8 @@ pub mod state {
     pub const HOLE: u32 = 1;
     /// Reads as zeroes.
     pub const ZERO: u32 = 2;
+    /// `qemu:dirty-bitmap:`: changed.
+    pub const DIRTY: u32 = 1;
 }
 
 /// Transmission flags of an export, as bits.

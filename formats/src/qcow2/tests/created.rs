@@ -112,6 +112,8 @@ fn every_kind_of_new_image_is_the_peers_byte_for_byte() {
         let one_block = options.size / options.cluster_size + 20 < blocks;
         let has_data = options.data_file.is_some();
         let mode = options.preallocation;
+        // There the peer leaves the bits of the subclusters out: see `Plan::table_content`.
+        let all_bits = options.data_file_raw && options.extended_l2;
         let (ours, data) = calm(|core| async move {
             let storage = file(&core, "/new", true).await;
             let data = if has_data { Some(file(&core, "/data", true).await) } else { None };
@@ -123,7 +125,10 @@ fn every_kind_of_new_image_is_the_peers_byte_for_byte() {
             (bytes(&core, &storage).await, data)
         });
         let theirs = std::fs::read(folder.path().join("theirs")).unwrap();
-        let differ = ours.iter().zip(&theirs).position(|(a, b)| a != b);
+        let only_bits = |(a, b): (&[u8], &[u8])| {
+            a == b || (all_bits && a == (u64::from(u32::MAX)).to_be_bytes() && b == [0; 8])
+        };
+        let differ = ours.chunks(8).zip(theirs.chunks(8)).position(|pair| !only_bits(pair));
         // With space reserved, the peer moves its refcount table on the way.
         let moves = matches!(mode, Preallocation::Falloc | Preallocation::Full) && !has_data;
         if one_block {
@@ -150,7 +155,7 @@ fn every_kind_of_new_image_is_the_peers_byte_for_byte() {
             let host = |line: &str| line.split(", \"offset\"").next().unwrap().to_owned();
             if one_block { map } else { map.lines().map(host).collect() }
         };
-        if mode != Preallocation::Metadata || has_data {
+        if (mode != Preallocation::Metadata || has_data) && !all_bits {
             // Else the peer asks the file system what is a hole, which a copy cannot show.
             assert_eq!(map("ours"), map("theirs"), "{wanted}");
         }

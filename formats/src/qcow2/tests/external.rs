@@ -230,6 +230,42 @@ fn the_place_of_data_is_the_guests_offset_and_nothing_else() {
     });
 }
 
+/// Else a power cut could leave data in the file that the disk does not show.
+#[test]
+fn all_of_a_raw_data_file_is_mapped_from_the_start_and_when_it_grows() {
+    calm(|core| async move {
+        for (extended_l2, cluster_size) in [(false, 65536), (true, 65536), (true, 16384)] {
+            let size = MIB + 512;
+            let options =
+                CreateOptions { data_file_raw: true, extended_l2, cluster_size, ..external(size) };
+            let (disk, _) = image(&core, options).await;
+            for size in [size, 2 * MIB + 512, 9 * MIB] {
+                disk.format.resize(size).await.expect("grows, or stays");
+                // What the peer makes of it, measured.
+                let part = if extended_l2 { cluster_size / 32 } else { cluster_size };
+                let there = disk.format.data_storage().size();
+                assert_eq!(there, size.next_multiple_of(part), "{extended_l2}");
+                assert!(disk.read(size - 512, 512).await.expect("reads") == [0; 512]);
+                let mut at = 0;
+                while at < size {
+                    let mut extents = liveblk_engine::format::Extents::new();
+                    let range = liveblk_engine::address::GuestRange::new(at, size - at);
+                    drop(disk.read(at, 512).await);
+                    drop(disk.format.resolve(range, &mut extents));
+                    let first = extents.first().expect("an extent");
+                    let place = match &first.mapping {
+                        Mapping::Data(place) => place.bytes(),
+                        other => panic!("{at}: {other:?}"),
+                    };
+                    assert_eq!(place, at);
+                    at += first.len;
+                }
+            }
+            disk.format.close().await.expect("closes");
+        }
+    });
+}
+
 #[test]
 fn a_raw_data_file_forbids_a_backing_file() {
     calm(|core| async move {

@@ -97,8 +97,12 @@ pub struct Session {
 /// The largest image that an input is taken for, in bytes.
 const IMAGE_MAX: usize = 1 << 20;
 
-/// Steps of one input.
-const OPS_MAX: usize = 64;
+/// The largest disk that `qcow2_io` makes, in bytes: several L2 tables of small clusters, two
+/// and a half of the largest.
+const DISK_MAX: u64 = 160 << 10;
+
+/// Steps of one input: short programs find the same and run more often.
+const OPS_MAX: usize = 24;
 
 impl Session {
     /// A new machine.
@@ -207,10 +211,10 @@ fn options(input: &mut Input<'_>) -> CreateOptions {
     let bits = [9, 9, 10, 12, 12, 14, 16, 16][usize::from(flags & 7)];
     let version = if flags & 8 == 0 { 3 } else { 2 };
     let order = if version == 2 { 4 } else { u32::from(input.byte() % 7) };
-    // Some clusters, and not a whole number of them.
+    // Some clusters, and not a whole number of them; few bytes, because all are looked at.
     let clusters = 1 + u64::from(input.byte());
     let size = (clusters << bits) - u64::from(input.byte() % 2) * 512;
-    let size = size.clamp(512, 1 << 20);
+    let size = size.clamp(512, DISK_MAX);
     let more = input.byte();
     CreateOptions {
         extended_l2: version == 3 && bits >= 14 && more & 1 != 0,
@@ -371,7 +375,7 @@ fn io_corpus() -> Vec<Vec<u8>> {
         let mut bytes: Vec<u8> = (0..6).map(|_| (rng.bits() & 255) as u8).collect();
         let damage = if number.is_multiple_of(4) { 1 + number as u8 % 7 } else { 0 };
         bytes.push(damage);
-        let steps = 4 * (4 + rng.bits() % 60) + u64::from(damage) * 3;
+        let steps = 4 * (4 + rng.bits() % OPS_MAX as u64) + u64::from(damage) * 3;
         bytes.extend((0..steps).map(|_| (rng.bits() & 255) as u8));
         bytes
     };

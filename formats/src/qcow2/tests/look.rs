@@ -10,7 +10,7 @@ use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::ledger::{Found, SECTOR, Value, values};
 use super::marks::FoundMark;
-use super::mover::{Below, Disk, open_with};
+use super::mover::{Below, Disk, open_data};
 use super::references::{Counting, References};
 use crate::qcow2::check;
 
@@ -35,7 +35,7 @@ impl Left {
             None => DataSource::None,
         };
         let storage = Storage::Memory(self.image.copy());
-        let disk = open_with(core, storage.clone(), data, true).await;
+        let disk = open_data(core, storage.clone(), data, true).await;
         let mut disk = disk.map_err(|error| failed("open", &error))?;
         (disk.below, disk.even) = (below, true);
         Ok((disk, storage))

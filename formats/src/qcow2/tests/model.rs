@@ -231,11 +231,7 @@ async fn verify(core: Core, model: Rc<RefCell<Model>>, below: bool, clean: bool)
     let mut disk = open(&core, storage, false).await.expect("opens");
     disk.below = if below { below_byte } else { nothing };
     let raw = ("data-file-raw", InfoValue::Flag(true));
-    // The subclusters of a preallocated image have no content before they are written: a cut can
-    // leave data in the file whose bit was not durable yet, as with the peer.
-    let whole = ("extended-l2", InfoValue::Flag(false));
-    let specific = disk.format.info().specific;
-    let raw = specific.contains(&raw) && specific.contains(&whole);
+    let raw = disk.format.info().specific.contains(&raw);
     let sectors = model.borrow().sectors.len() as u64;
     for first in (0..sectors).step_by(256) {
         let count = 256.min(sectors - first);

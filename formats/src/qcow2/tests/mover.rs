@@ -9,8 +9,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::driver::sim::{Sim, SimConfig};
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
-    DataSource, Driver, Extents, Fill, Format, FormatOptions, Mapping, OpenData, OpenImage,
-    WriteStep, ZeroMode, ZeroStep,
+    DataSource, Driver, Extents, Fill, Format, InfoValue, Mapping, OpenData, OpenImage, WriteStep,
+    ZeroMode, ZeroStep,
 };
 use liveblk_engine::storage::{File, FileOptions, Storage, sync_folder_of};
 
@@ -64,17 +64,39 @@ fn data_file_opener(core: &Core) -> OpenData {
     })
 }
 
-/// Opens the image in `storage`; its data file, if it has one, by its name.
+/// Opens the image in `storage`; space that guests give up goes back; its data file, if it has one,
+/// by its name.
 pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Result<Disk> {
-    open_with(core, storage, DataSource::FromHeader(data_file_opener(core)), writable).await
+    open_with(core, storage, writable, &[]).await
+}
+
+/// The same with options of the format.
+pub(super) async fn open_with(
+    core: &Core,
+    storage: Storage,
+    writable: bool,
+    options: &[(&str, InfoValue)],
+) -> Result<Disk> {
+    let data = DataSource::FromHeader(data_file_opener(core));
+    open_all(core, storage, data, writable, options).await
 }
 
 /// Opens the image in `storage` with its data where `data` says.
-pub(super) async fn open_with(
+pub(super) async fn open_data(
     core: &Core,
     storage: Storage,
     data: DataSource,
     writable: bool,
+) -> Result<Disk> {
+    open_all(core, storage, data, writable, &[]).await
+}
+
+async fn open_all(
+    core: &Core,
+    storage: Storage,
+    data: DataSource,
+    writable: bool,
+    options: &[(&str, InfoValue)],
 ) -> Result<Disk> {
     let filename = PathBuf::from(storage.name());
     let core = core.clone();
@@ -85,7 +107,7 @@ pub(super) async fn open_with(
         writable,
         discard_unmap: true,
         data,
-        options: FormatOptions::new(),
+        options: options.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect(),
         raw_offset: 0,
         raw_size: None,
     };
@@ -212,7 +234,10 @@ impl Disk {
                 }
                 ZeroStep::Storage { len, host, guard } => {
                     let storage = self.format.data_storage();
-                    storage.write_zeroes(host.bytes(), len, true).await?;
+                    match mode {
+                        ZeroMode::Discard => drop(storage.discard(host.bytes(), len).await?),
+                        _ => storage.write_zeroes(host.bytes(), len, true).await?,
+                    }
                     guard.complete();
                     done += len;
                 }

@@ -1,0 +1,1 @@
+"""The scenarios, one module per job or verb; see rig.scenario."""
