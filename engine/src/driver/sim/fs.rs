@@ -239,6 +239,15 @@ impl SimFs {
         Self::from_state(state.restarted(files, state.names.clone()))
     }
 
+    /// The same for those who go on and lose the power later: everything written shows, and what no
+    /// sync covered is not durable yet.
+    pub fn left_behind(&self) -> Self {
+        let state = self.0.borrow();
+        let files = state.files.iter();
+        let files = files.map(|(inode, file)| (*inode, file.left_behind())).collect();
+        Self::from_state(state.restarted(files, state.names.clone()))
+    }
+
     /// Whether everything that was written to the file is durable, its name included.
     pub fn is_durable(&self, path: impl AsRef<Path>) -> bool {
         let state = self.0.borrow();

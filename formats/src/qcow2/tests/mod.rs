@@ -17,6 +17,7 @@ pub mod fuzzing;
 mod guard;
 mod header_cuts;
 mod ledger;
+mod left_behind;
 mod look;
 mod marks;
 mod matrix;

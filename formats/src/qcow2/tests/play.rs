@@ -131,9 +131,19 @@ impl Player {
     }
 
     async fn reopen(&self) -> Result<()> {
-        let mut disk = open(&self.core, self.place.storage(&self.core).await?, true).await?;
+        self.open_as(true).await
+    }
+
+    async fn open_as(&self, writable: bool) -> Result<()> {
+        let mut disk = open(&self.core, self.place.storage(&self.core).await?, writable).await?;
         disk.below = self.below;
         disk.even = true;
+        self.read_only.set(!writable);
+        if !writable {
+            // What shows need not be durable: nothing is learnt from it.
+            self.disk.replace(Some(disk));
+            return Ok(());
+        }
         let bitmaps = disk.format.abilities().bitmaps;
         let list = bitmaps.map(|bitmaps| bitmaps.list()).unwrap_or_default();
         let lost = list.into_iter().map(|info| (info.name, info.inconsistent)).collect();
@@ -141,7 +151,6 @@ impl Player {
         self.cluster.set(disk.format.cluster_size());
         self.external.set(disk.format.abilities().compress.is_none());
         self.disk.replace(Some(disk));
-        self.read_only.set(false);
         Ok(())
     }
 
@@ -235,8 +244,14 @@ impl Player {
     /// Plays one step; reads are judged on the way.
     pub(super) async fn run(&self, op: &Op) -> Result<()> {
         if self.disk.borrow().is_none() {
-            // The step before failed between close and open.
-            self.reopen().await?;
+            // The step before failed between close and open. What cannot be made durable any more
+            // can be read.
+            match self.reopen().await {
+                Err(error) if matches!(error.kind(), ErrorKind::Io(_)) => {
+                    self.open_as(false).await?
+                }
+                result => result?,
+            }
         }
         let disk = self.disk();
         match op {
@@ -247,7 +262,7 @@ impl Player {
             Op::Flush => {
                 let tick = self.ledger.borrow_mut().flush_begins();
                 let result = disk.format.flush().await;
-                if result.is_ok() {
+                if result.is_ok() && !self.read_only.get() {
                     self.ledger.borrow_mut().flushed(tick);
                 }
                 result
@@ -268,6 +283,11 @@ impl Player {
             Op::Backing(backing) => disk.format.set_backing(backing.clone()).await,
             Op::Track(_) | Op::Untrack(_) | Op::Wipe(_) => self.bitmap(&disk, op).await,
             Op::Settle => self.settle(&disk).await,
+            Op::Reopen if self.read_only.get() => {
+                self.disk.take();
+                disk.format.close().await?;
+                self.reopen().await
+            }
             Op::Reopen => {
                 let tick = self.ledger.borrow_mut().flush_begins();
                 self.ledger.borrow_mut().store_begins();
@@ -287,11 +307,13 @@ impl Player {
 
     /// To read-only and back.
     async fn settle(&self, disk: &Disk) -> Result<()> {
-        let tick = self.ledger.borrow_mut().flush_begins();
-        self.ledger.borrow_mut().store_begins();
-        disk.format.set_writable(false).await?;
-        self.ledger.borrow_mut().flushed(tick);
-        self.ledger.borrow_mut().stored();
+        if !self.read_only.get() {
+            let tick = self.ledger.borrow_mut().flush_begins();
+            self.ledger.borrow_mut().store_begins();
+            disk.format.set_writable(false).await?;
+            self.ledger.borrow_mut().flushed(tick);
+            self.ledger.borrow_mut().stored();
+        }
         let result = disk.format.set_writable(true).await;
         self.read_only.set(result.is_err());
         result

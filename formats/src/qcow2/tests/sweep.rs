@@ -375,8 +375,9 @@ impl Sweep {
                 if !player.is_inside(op) {
                     continue;
                 }
-                let (refusal, read_only) = (player.refusal(op), player.read_only.get());
+                let (refusal, before) = (player.refusal(op), player.read_only.get());
                 if let Err(error) = player.run(op).await {
+                    let read_only = before || player.read_only.get();
                     failures.push(Failed { error, refusal, read_only });
                 }
             }
