@@ -20,9 +20,7 @@ use super::datafile::DataPlace;
 use super::guard::claim_bitmaps;
 use super::header::Header;
 use super::image::Image;
-use super::layout::{
-    COPIED, ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK,
-};
+use super::layout::{ENTRY_BYTES, Geometry, HEADER_V3, MAGIC, OFFSET_MASK, REFTABLE_MASK};
 use super::mapped::Mapped;
 use super::options::Options;
 use super::repair::{Repair, repair};
@@ -30,7 +28,7 @@ use super::room::Room;
 use super::snapshot::claim_snapshots;
 use super::snapshot_table::{self, Snapshot};
 use super::snapshot_view::Views;
-use super::state::{Allocator, FlushRuns, Health, Meta, State, word};
+use super::state::{Allocator, FlushRuns, Health, Meta, State};
 use super::unpack::Unpacked;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
 use crate::reason::Reason;
