@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Ours and qemu-storage-daemon side by side, interleaved: guest I/O through NBD, and jobs.
 
-    bench/side_by_side.py --ours target/release/liveblkd [--pairs 5] [--rows guest,jobs]
+    bench/side_by_side.py --ours target/release/liveblkd [--pairs 5] [--rows growing,chain,guest]
 
 For each row the two daemons run in turn (A B A B ...) on the same images on tmpfs, pinned to one
-core, the client to the other; printed are minimum, median and maximum of each figure and the
-median of the paired ratios ours/peer. CPU is user + system time of the daemon process. With
+core, the client to the other; printed are minimum, median and maximum of each figure and of the
+paired ratios ours/peer. CPU is user + system time of the daemon process. With
 --rt both run as SCHED_RR 1 (needs root), for machines with other load.
 """
 
@@ -133,8 +133,16 @@ GUEST = {
 }
 
 
+# Every byte of a new image once: no request finds its cluster, or only its neighbours made it.
+GROWING = {
+    "4k randwrite qd32": ["--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=256m"],
+    "64k write qd16": ["--rw=write", "--bs=64k", "--iodepth=16", "--size=1g"],
+    "1M write qd8": ["--rw=write", "--bs=1m", "--iodepth=8", "--size=1g"],
+}
+
+
 def guest_row(program, folder, image, driver, arguments, seconds, rt):
-    """IOPS, p50 in us and daemon CPU us per request."""
+    """IOPS, p50 in us and daemon CPU us per request; `seconds` None: as long as it takes."""
     daemon = Daemon(program, folder, rt)
     daemon.add_image("n", image, driver)
     daemon.command("block-export-add", type="nbd", id="e", node_name="n", name="n", writable=True)
@@ -142,6 +150,8 @@ def guest_row(program, folder, image, driver, arguments, seconds, rt):
     limits = ["--time_based", f"--runtime={seconds}", f"--size={os.path.getsize(image)}"]
     if driver == "qcow2":
         limits[2] = "--size=256m"
+    if seconds is None:
+        limits = []
     before = cpu_seconds(daemon.process.pid)
     job = fio(arguments + limits, uri, rt)
     cpu = cpu_seconds(daemon.process.pid) - before
@@ -155,6 +165,36 @@ def guest_row(program, folder, image, driver, arguments, seconds, rt):
         "CPU us/IO": cpu * 1e6 / side["total_ios"],
         "RSS MiB": rss,
     }
+
+
+def create(path, size, backing=None):
+    """A new qcow2 image."""
+    command = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    command += ["-b", backing, "-F", "qcow2"] if backing else []
+    subprocess.run(command + [path, str(size)], check=True)
+    return path
+
+
+def growing_row(program, folder, arguments, rt):
+    """The figures of writes into a new image."""
+    image = create(os.path.join(folder, "growing"), 1 << 30)
+    result = guest_row(program, folder, image, "qcow2", arguments, None, rt)
+    os.unlink(image)
+    return result
+
+
+def chains(folder, base, depths):
+    """The top of a chain for each depth; overlays hold eight clusters each, here and there."""
+    top, clusters = base, (256 << 20) >> 16
+    for depth in range(1, max(depths) + 1):
+        if depth > 1:
+            top = create(os.path.join(folder, f"layer{depth}"), os.path.getsize(base), top)
+            places = [(depth * 104729 + at * 15485863) % clusters << 16 for at in range(8)]
+            words = [word for at in places for word in ("-c", f"write -P 9 {at} 65536")]
+            subprocess.run(["qemu-io", "-f", "qcow2", *words, top], check=True,
+                           stdout=subprocess.DEVNULL)
+        if depth in depths:
+            yield depth, top
 
 
 def job_row(program, folder, kind, driver, image, size, rt):
@@ -201,12 +241,12 @@ def report(name, ours, peers):
     for figure in ours[0]:
         mine, theirs = [run[figure] for run in ours], [run[figure] for run in peers]
         ratios = [a / b for a, b in zip(mine, theirs) if b]
-        ratio = f"{statistics.median(ratios):.2f}" if ratios else "-"
 
-        def three(values):
+        def three(values, digits=4):
             low, middle, high = min(values), statistics.median(values), max(values)
-            return f"{low:.4g}/{middle:.4g}/{high:.4g}"
+            return f"{low:.{digits}g}/{middle:.{digits}g}/{high:.{digits}g}"
 
+        ratio = three(ratios, 3) if ratios else "-"
         print(f"| {name} | {figure} | {three(mine)} | {three(theirs)} | {ratio} |", flush=True)
 
 
@@ -218,6 +258,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--rows", default="guest,jobs")
     parser.add_argument("--drivers", default="raw,qcow2")
+    parser.add_argument("--only", default="", help="only guest rows whose name contains this")
     parser.add_argument("--size", type=int, default=1024, help="MiB of the job rows")
     parser.add_argument("--seconds", type=int, default=3, help="of each guest run")
     parser.add_argument("--rt", action="store_true")
@@ -226,24 +267,39 @@ def main():
     print("| row | figure | ours min/med/max | peer min/med/max | ratio |")
     print("|---|---|---|---|---|")
     programs = (options.ours, options.peer)
+
+    def compare(name, row):
+        runs = [[], []]
+        for _ in range(options.pairs):
+            for program, results in zip(programs, runs):
+                results.append(row(program))
+        report(name, *runs)
+
     try:
-        for driver in options.drivers.split(","):
+        for name, arguments in GROWING.items() if "growing" in options.rows else ():
+            compare(f"NBD growing qcow2 {name}",
+                    lambda program: growing_row(program, folder, arguments, options.rt))
+        if "chain" in options.rows:
+            base = full_image(folder, "qcow2", 256 << 20)
+            arguments = GUEST["4k randread qd32"]
+            for depth, top in chains(folder, base, [1, 8, 32, 100]):
+                compare(f"NBD chain of {depth} 4k randread qd32",
+                        lambda program: guest_row(program, folder, top, "qcow2", arguments,
+                                                  options.seconds, options.rt))
+            for file in ("full.raw", "full.qcow2"):
+                os.unlink(os.path.join(folder, file))
+        for driver in options.drivers.split(",") if options.drivers else ():
             size = options.size << 20
             image = full_image(folder, driver, size)
             for name, arguments in GUEST.items() if "guest" in options.rows else ():
-                runs = [[], []]
-                for _ in range(options.pairs):
-                    for program, results in zip(programs, runs):
-                        results.append(guest_row(program, folder, image, driver, arguments,
-                                                 options.seconds, options.rt))
-                report(f"NBD {driver} {name}", *runs)
+                if options.only in name:
+                    compare(f"NBD {driver} {name}",
+                            lambda program: guest_row(program, folder, image, driver, arguments,
+                                                      options.seconds, options.rt))
             for kind in ("backup", "mirror") if "jobs" in options.rows else ():
-                runs = [[], []]
-                for _ in range(options.pairs):
-                    for program, results in zip(programs, runs):
-                        results.append(job_row(program, folder, kind, driver, image, size,
-                                               options.rt))
-                report(f"{kind} {driver}", *runs)
+                compare(f"{kind} {driver}",
+                        lambda program: job_row(program, folder, kind, driver, image, size,
+                                                options.rt))
     finally:
         for process in RUNNING:
             process.kill()

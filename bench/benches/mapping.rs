@@ -1,8 +1,9 @@
 //! The mapping of qcow2 images: a resolve in memory, opening a large image, reads through chains.
 //!
 //! `chain/4k_randread_cpu` reports the processor time of the core's thread (its kernel part
-//! included) per read, not the time that passes: the row of a depth over that of depth 1 is what a
-//! layer costs. Images lie in the current folder's file system; the page cache serves them.
+//! included) per read, not the time that passes. Before these rows, the depths are compared in turn
+//! within one run, which is what a layer costs. Images lie in the current folder's file system; the
+//! page cache serves them.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -19,6 +20,11 @@ use liveblk::{BackingSource, Disk, Host, HostError, Node, OpenNode, WriteFlags};
 const BLOCK: usize = 4096;
 const DISK: u64 = 64 << 20;
 const DEPTH: usize = 32;
+/// Requests that one turn of a bench stands for: an image is opened and warmed for each sample.
+const BATCH: u64 = 20_000;
+/// Rounds of the interleaved comparison of depths, and reads of each depth in a round.
+const ROUNDS: usize = 9;
+const ROUND_READS: u64 = 100_000;
 
 /// Makes an image at `path`.
 async fn make(core: &Core, path: &Path, options: CreateOptions) {
@@ -44,7 +50,8 @@ async fn open(host: &Host, chain: &[PathBuf]) -> Result<Rc<Node>, HostError> {
             below.take().map_or(BackingSource::None, |below| BackingSource::Open(Box::new(below)));
         below = Some(spec);
     }
-    host.open(below.expect("a chain has an image").named("disk")).await
+    let name = format!("disk{}", chain.len());
+    host.open(below.expect("a chain has an image").named(&name)).await
 }
 
 /// Writes `len` bytes at `at`.
@@ -128,40 +135,88 @@ async fn chain(host: &Host, dir: &Path, depth: usize) -> Result<Vec<PathBuf>, Ho
     Ok(images)
 }
 
-/// Does `count` random reads through a chain; the processor time they took.
-fn reads(depth: usize, count: u64) -> Duration {
-    let dir = tempfile::tempdir_in(".").expect("a folder can be made");
+/// Reads all of a disk once.
+async fn warm(host: &Host, disk: &Disk) -> Result<(), HostError> {
+    for at in (0..DISK).step_by(BLOCK) {
+        disk.read(at, host.space(BLOCK)).await?;
+    }
+    Ok(())
+}
+
+/// Does `count` random reads; the processor time they took.
+async fn reads(host: &Host, disk: &Disk, count: u64) -> Result<Duration, HostError> {
+    let buffers: Vec<_> = (0..DEPTH).map(|_| host.space(BLOCK)).collect();
+    let mut flying = std::collections::VecDeque::with_capacity(DEPTH);
+    let begun = processor_time();
+    for number in 0..count {
+        if flying.len() == DEPTH {
+            let oldest: liveblk::engine::node::Receipt = flying.pop_front().expect("full");
+            oldest.await?;
+        }
+        let at = host.core().random() % (DISK / BLOCK as u64) * BLOCK as u64;
+        flying.push_back(disk.read(at, buffers[number as usize % DEPTH].clone()));
+    }
+    for receipt in flying {
+        receipt.await?;
+    }
+    Ok(processor_time() - begun)
+}
+
+/// The processor time of `count` random reads through a chain.
+fn chain_reads(images: &[PathBuf], count: u64) -> Duration {
+    let images = images.to_vec();
     let run = liveblk::run(move |host| async move {
-        let images = chain(&host, dir.path(), depth).await?;
         let node = open(&host, &images).await?;
         let disk = host.attach(&node)?;
-        for at in (0..DISK).step_by(BLOCK) {
-            disk.read(at, host.space(BLOCK)).await?;
-        }
-        let before = node.chain_stats();
-        let buffers: Vec<_> = (0..DEPTH).map(|_| host.space(BLOCK)).collect();
-        let mut flying = std::collections::VecDeque::with_capacity(DEPTH);
-        let begun = processor_time();
-        for number in 0..count {
-            if flying.len() == DEPTH {
-                let oldest: liveblk::engine::node::Receipt = flying.pop_front().expect("full");
-                oldest.await?;
-            }
-            let at = host.core().random() % (DISK / BLOCK as u64) * BLOCK as u64;
-            flying.push_back(disk.read(at, buffers[number as usize % DEPTH].clone()));
-        }
-        for receipt in flying {
-            receipt.await?;
-        }
-        let spent = processor_time() - begun;
-        let after = node.chain_stats();
-        let hits = (after.lookups - before.lookups).max(1) as f64;
-        let probes = (after.probes - before.probes) as f64 / hits;
-        eprintln!("depth {depth}: {probes:.3} probes per hit, index of {} bytes", after.bytes);
+        warm(&host, &disk).await?;
+        let spent = reads(&host, &disk, count).await?;
         drop(disk);
         Ok::<_, HostError>(spent)
     });
     run.expect("the bench runs")
+}
+
+/// Compares depths within one run, in turn, with the first of them.
+fn compare(chains: &[(usize, Vec<PathBuf>)]) {
+    let chains = chains.to_vec();
+    let run = liveblk::run(move |host| async move {
+        let mut open_chains = Vec::new();
+        for (depth, images) in &chains {
+            let node = open(&host, images).await?;
+            let disk = host.attach(&node)?;
+            warm(&host, &disk).await?;
+            open_chains.push((*depth, node, disk, Vec::new()));
+        }
+        let before: Vec<_> = open_chains.iter().map(|(_, node, ..)| node.chain_stats()).collect();
+        for _ in 0..ROUNDS {
+            for (_, _, disk, spent) in &mut open_chains {
+                let time = reads(&host, disk, ROUND_READS).await?;
+                spent.push(time.as_nanos() as f64 / ROUND_READS as f64);
+            }
+        }
+        let alone = open_chains.first().map(|(.., spent)| spent.clone()).unwrap_or_default();
+        for ((depth, node, _, spent), before) in open_chains.iter().zip(before) {
+            let after = node.chain_stats();
+            let hits = (after.lookups - before.lookups).max(1) as f64;
+            let probes = (after.probes - before.probes) as f64 / hits;
+            let ratios = spent.iter().zip(&alone).map(|(here, alone)| here / alone).collect();
+            let (cpu, ratios) = (spread(spent.clone()), spread(ratios));
+            let index = after.bytes / (*depth as u64 - 1).max(1);
+            eprintln!(
+                "depth {depth}: {cpu} ns of CPU per read, {ratios} of depth 1; \
+                 {probes:.3} probes per hit, {index} bytes of index per layer"
+            );
+        }
+        Ok::<_, HostError>(())
+    });
+    run.expect("the comparison runs");
+}
+
+/// Minimum, median and maximum.
+fn spread(mut values: Vec<f64>) -> String {
+    values.sort_by(f64::total_cmp);
+    let at = |index: usize| values.get(index).copied().unwrap_or_default();
+    format!("{:.3}/{:.3}/{:.3}", at(0), at(values.len() / 2), at(values.len().saturating_sub(1)))
 }
 
 fn mapping(criterion: &mut Criterion) {
@@ -172,7 +227,10 @@ fn mapping(criterion: &mut Criterion) {
     {
         group.bench_function(name, |bencher| {
             let options = CreateOptions { cluster_size, extended_l2, ..CreateOptions::new(DISK) };
-            bencher.iter_custom(|count| resolve(options.clone(), count));
+            bencher.iter_custom(|count| {
+                let spent = resolve(options.clone(), count * BATCH);
+                spent / u32::try_from(BATCH).expect("small")
+            });
         });
     }
     group.finish();
@@ -199,11 +257,26 @@ fn opening(criterion: &mut Criterion) {
 }
 
 fn chains(criterion: &mut Criterion) {
+    let dir = tempfile::tempdir_in(".").expect("a folder can be made");
+    let at = dir.path().to_owned();
+    let made = liveblk::run(move |host| async move {
+        let mut chains = Vec::new();
+        for depth in [1, 8, 32, 100] {
+            let folder = at.join(format!("depth{depth}"));
+            std::fs::create_dir(&folder).expect("a folder can be made");
+            chains.push((depth, chain(&host, &folder, depth).await?));
+        }
+        Ok::<_, HostError>(chains)
+    });
+    let chains = made.expect("the chains can be made");
+    compare(&chains);
     let mut group = criterion.benchmark_group("chain/4k_randread_cpu");
     group.throughput(Throughput::Elements(1)).sample_size(10);
-    for depth in [1, 8, 32, 100] {
+    for (depth, images) in &chains {
         group.bench_function(format!("depth{depth}"), |bencher| {
-            bencher.iter_custom(|count| reads(depth, count));
+            bencher.iter_custom(|count| {
+                chain_reads(images, count * BATCH) / u32::try_from(BATCH).expect("small")
+            });
         });
     }
     group.finish();
