@@ -385,6 +385,25 @@ pub trait InternalSnapshots {
 
     /// Makes the disk what it was at the snapshot.
     fn apply(&self, id_or_name: &str) -> LocalFuture<'static, Result<()>>;
+
+    /// The disk as it was at the snapshot, with the size that it had: a read-only image over the
+    /// same storage. Reads of it take leases on this image; while it is open the snapshot cannot be
+    /// deleted (`Busy`), everything else of this image goes on. It can never become writable.
+    fn view(&self, which: SnapshotChoice) -> LocalFuture<'static, Result<Rc<dyn Format>>>;
+}
+
+/// Which snapshot inside an image is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotChoice {
+    /// The one with this id, else the first with this name.
+    Text(String),
+    /// The one with this id and this name, of which one may be left out.
+    Exact {
+        /// The id.
+        id: Option<String>,
+        /// The name.
+        name: Option<String>,
+    },
 }
 
 /// What of an image's new part is allocated at once (QMP `PreallocMode`).

@@ -3,8 +3,17 @@
 /// Bytes of cached L2 slices of one image.
 pub const L2_CACHE_BYTES: u64 = 32 << 20;
 
+/// Bytes of cached L2 slices of a snapshot that is read.
+pub const VIEW_CACHE_BYTES: u64 = 8 << 20;
+
 /// Bytes of cached refcount slices of one image.
 pub const REFCOUNT_CACHE_BYTES: u64 = 8 << 20;
+
+/// Seconds without use after which a cached table leaves memory (as the peer's).
+pub const CACHE_CLEAN_SECONDS: u64 = 600;
+
+/// L2 tables of snapshots that are guarded against writes at most.
+pub const INACTIVE_L2_MAX: usize = 1 << 20;
 
 /// Bytes of one cached slice of a metadata table (smaller clusters: the cluster).
 pub const SLICE_BYTES: u64 = 4096;

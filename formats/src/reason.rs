@@ -84,6 +84,8 @@ pub enum Reason {
     L1Small,
     /// No snapshot has this id or name.
     SnapshotNotFound,
+    /// A snapshot that is to go is open to be read.
+    SnapshotViewed,
     /// Snapshots together with an external data file.
     SnapshotDataFile,
     /// The table of snapshots would have too many entries or bytes.
@@ -209,7 +211,7 @@ impl Reason {
             | Self::DirtyRepair(_) => ErrorKind::Io(5),
             Self::Scattered => ErrorKind::Unsupported,
             Self::SnapshotNotFound => ErrorKind::NotFound,
-            Self::ActiveBitmaps => ErrorKind::Busy,
+            Self::ActiveBitmaps | Self::SnapshotViewed => ErrorKind::Busy,
             Self::SnapshotsMany | Self::L1Grow => ErrorKind::Io(27),
             Self::RefcountOverflow(..)
             | Self::SnapshotName
@@ -282,6 +284,7 @@ impl Reason {
             }
             Self::TableFull => "qcow2: The refcount table cannot grow any further",
             Self::SnapshotNotFound => "snapshot not found",
+            Self::SnapshotViewed => "The snapshot is being read; close its readers first",
             Self::SnapshotDataFile => {
                 "Images with an external data file cannot have internal snapshots"
             }

@@ -319,7 +319,7 @@ BAD = [
     (["convert", "-c", "-O", "raw", "FILE", "NEW"], "ompression"),
     (["convert", "-n", "FILE", "NEW"], "No such file"),
     (["convert", "-t", "x", "FILE", "NEW"], "x"),
-    (["convert", "-T", "x", "FILE", "NEW"], "x"), (["convert", "-S", "q", "FILE", "NEW"], "-S"),
+    (["convert", "-T", "x", "FILE", "NEW"], "x"), (["convert", "-S", "q", "FILE", "NEW"], "'q'"),
     (["convert", "-m", "99", "FILE", "NEW"], "99"), (["convert", "-m", "0", "FILE", "NEW"], "0"),
     (["convert", "-O", "qcow2", "-B", "FILE", "FILE", "NEW"], "-F"),
     (["convert", "--target-is-zero", "FILE", "NEW"], "--no-create"),

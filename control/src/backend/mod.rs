@@ -14,6 +14,7 @@ mod errors;
 mod events;
 mod exports;
 mod handle;
+mod image_opts;
 mod jobs;
 mod nodes;
 mod objects;
@@ -22,3 +23,4 @@ mod sockets;
 
 pub use errors::Failure;
 pub use handle::{EngineBackend, Settings};
+pub use image_opts::ImageOpts;

@@ -142,6 +142,11 @@ fn settle(options: &BlockdevOptions, parent: Inherited) -> Result<(Inherited, No
     Ok((own, NodeOptions { discard_unmap, direct: own.direct, no_flush: own.no_flush }))
 }
 
+/// A node that no command names.
+pub(super) fn standalone(options: BlockdevOptions) -> Result<OpenNode> {
+    image(options, Inherited { root: true, ..Inherited::default() })
+}
+
 /// A node of any driver.
 fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
     let (own, node_options) = settle(&options, parent)?;

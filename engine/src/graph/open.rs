@@ -12,7 +12,9 @@ use super::data::{DataFileSource, Held};
 use super::error::GraphError;
 use super::registry::{Graph, GraphConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DataSource, Driver, Format, FormatOptions, OpenImage, ResolvedReference};
+use crate::format::{
+    DataSource, Driver, Format, FormatOptions, OpenImage, ResolvedReference, SnapshotChoice,
+};
 use crate::limits::CHAIN_DEPTH;
 use crate::node::{
     LoadedBitmap, Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard,
@@ -92,6 +94,8 @@ pub struct OpenNode {
     pub raw_offset: u64,
     /// For raw: bytes of the disk.
     pub raw_size: Option<u64>,
+    /// Instead of the disk as it is, what it was at this snapshot inside the image; read-only.
+    pub snapshot: Option<SnapshotChoice>,
 }
 
 impl OpenNode {
@@ -113,6 +117,7 @@ impl OpenNode {
             bitmaps: true,
             raw_offset: 0,
             raw_size: None,
+            snapshot: None,
         }
     }
 
@@ -330,7 +335,11 @@ impl Graph {
             raw_offset: spec.raw_offset,
             raw_size: spec.raw_size,
         };
-        Ok((name, driver.open(open).await?))
+        let format = driver.open(open).await?;
+        match &spec.snapshot {
+            None => Ok((name, format)),
+            Some(which) => Ok((name, snapshot_view(format, which.clone(), spec.writable).await?)),
+        }
     }
 
     /// A node that is referred to by name in options.
@@ -537,6 +546,26 @@ async fn load_bitmaps(format: &Rc<dyn Format>) -> Vec<LoadedBitmap> {
         loaded.push(LoadedBitmap { name, granularity, enabled, bits });
     }
     loaded
+}
+
+/// What the disk of `image` was at a snapshot; `image` is closed if that cannot be shown.
+async fn snapshot_view(
+    image: Rc<dyn Format>,
+    which: SnapshotChoice,
+    writable: bool,
+) -> Result<Rc<dyn Format>> {
+    const OP: &str = "open a snapshot";
+    let held = image.abilities().snapshots;
+    let view = match held {
+        _ if writable => Err(Error::new(ErrorKind::ReadOnly, OP)),
+        Some(held) => held.view(which).await,
+        None => Err(Error::new(ErrorKind::Unsupported, OP)),
+    };
+    if view.is_err() {
+        // The first error is the one to report.
+        let _ = image.close().await;
+    }
+    view
 }
 
 fn spec_file(spec: &OpenNode) -> String {

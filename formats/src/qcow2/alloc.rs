@@ -76,7 +76,7 @@ impl State {
                 self.set_refcount(cluster, 0);
                 self.note_free(cluster);
             } else {
-                super::state::push_cluster(&mut self.released, cluster);
+                super::freed::push_cluster(&mut self.released, cluster);
             }
         }
     }

@@ -316,6 +316,7 @@ mod tests {
         refcount_order: 4,
         extended: false,
         external: false,
+        slice_bits: 0,
     };
 
     fn stored(name: &str, extra: &[u8]) -> Stored {

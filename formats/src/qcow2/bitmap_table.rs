@@ -16,10 +16,10 @@ use liveblk_engine::bitmap::DirtyBitmap;
 
 use super::bitmap_dir::{Stored, check_size, table_entries};
 use super::bitmap_reason::BitmapReason;
+use super::freed::{Cause, push_cluster};
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, HostCluster, OFFSET_MASK, Run};
 use super::open::{read, read_words};
-use super::state::push_cluster;
 use crate::reason::Reason;
 
 /// The entry for a cluster whose bits are all set.
@@ -320,7 +320,7 @@ impl Image {
         let mut state = self.state.borrow_mut();
         // A damaged table may name clusters that nobody counted.
         if state.refcount(cluster).is_some_and(|count| count > 0) {
-            state.unlink(cluster);
+            state.unlink(cluster, Cause::Other);
         }
         Ok(())
     }

@@ -53,7 +53,10 @@ struct Slot {
     key: u64,
     bytes: Box<[u8]>,
     state: State,
+    /// Since the hand was here.
     used: Cell<bool>,
+    /// Since unused slices were last forgotten.
+    recent: Cell<bool>,
 }
 
 /// A bounded set of slices by number.
@@ -90,6 +93,7 @@ impl Cache {
     pub(super) fn get(&self, key: u64) -> Option<&[u8]> {
         let slot = self.slot(key)?;
         slot.used.set(true);
+        slot.recent.set(true);
         Some(&slot.bytes)
     }
 
@@ -98,6 +102,7 @@ impl Cache {
         let at = *self.index.get(&key)?;
         let slot = self.slots.get_mut(at)?;
         slot.used.set(true);
+        slot.recent.set(true);
         match slot.state {
             State::Clean => {
                 slot.state = State::Dirty;
@@ -120,7 +125,8 @@ impl Cache {
             return;
         }
         self.index.insert(key, self.slots.len());
-        self.slots.push(Slot { key, bytes, state: State::Clean, used: Cell::new(true) });
+        let (used, recent) = (Cell::new(true), Cell::new(true));
+        self.slots.push(Slot { key, bytes, state: State::Clean, used, recent });
     }
 
     /// Whether another slice fits without eviction.
@@ -144,6 +150,23 @@ impl Cache {
             self.remove_at(self.hand);
         }
         self.has_room()
+    }
+
+    /// Forgets the clean slices that nobody needs and that were not used since the last call.
+    pub(super) fn forget_unused(&mut self, needed: impl Fn(u64) -> bool) {
+        let mut at = 0;
+        while let Some(slot) = self.slots.get(at) {
+            if slot.recent.replace(false) || slot.state != State::Clean || needed(slot.key) {
+                at += 1;
+            } else {
+                self.remove_at(at);
+            }
+        }
+    }
+
+    /// Whether everything cached is dirty or being written.
+    pub(super) fn has_no_clean(&self) -> bool {
+        self.slots.iter().all(|slot| slot.state != State::Clean)
     }
 
     fn remove_at(&mut self, at: usize) {
@@ -225,6 +248,27 @@ mod tests {
         cache.change(3);
         assert!(!cache.make_room(|_| false), "all are dirty");
         assert_eq!(cache.dirty_keys(), [0, 1, 3]);
+    }
+
+    #[test]
+    fn only_clean_unneeded_slices_without_use_for_a_whole_interval_are_forgotten() {
+        let mut cache = Cache::new(9);
+        for key in 0..5 {
+            cache.insert(key, Box::new([0; 8]));
+        }
+        cache.change(1);
+        cache.forget_unused(|_| false);
+        assert!((0..5).all(|key| cache.contains(key)), "all were used in the first interval");
+        assert!(cache.get(2).is_some());
+        cache.forget_unused(|key| key == 3);
+        assert!(cache.contains(1) && cache.contains(2) && cache.contains(3));
+        assert!(!cache.contains(0) && !cache.contains(4));
+        assert!(cache.begin_write(1).is_some());
+        cache.forget_unused(|_| false);
+        assert!(cache.contains(1) && !cache.contains(2), "one is being written");
+        cache.end_write(1, true);
+        cache.forget_unused(|_| false);
+        assert!(cache.has_no_clean() && !cache.contains(1));
     }
 
     #[test]

@@ -130,6 +130,7 @@ impl CreateOptions {
             refcount_order: self.refcount_order,
             extended: self.extended_l2,
             external: self.data_file.is_some(),
+            slice_bits: 0,
         };
         if geometry.l1_entries(self.size).saturating_mul(ENTRY_BYTES) > L1_BYTES_MAX {
             return Err(Reason::Create(CreateReason::TooLarge));

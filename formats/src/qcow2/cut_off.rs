@@ -15,6 +15,7 @@ use liveblk_engine::address::{GuestOffset, HostOffset};
 use liveblk_engine::format::PackedCluster;
 
 use super::entry::{Entry, RawEntry};
+use super::freed::Cause;
 use super::freeze::Frozen;
 use super::image::Image;
 use super::layout::{COPIED, ENTRY_BYTES, GuestCluster, HostCluster, Run};
@@ -54,7 +55,7 @@ impl Image {
         let punch = self.switch_to_end(frozen, size, false).await?;
         // Reads behind the new end may be under way.
         self.leases_end().await;
-        self.punch_all(punch).await;
+        self.punch_all(punch, Cause::Shrink).await;
         Rc::clone(self).reclaim().await;
         if let Some(data) = &self.data {
             let end = size.next_multiple_of(self.geometry.cluster()).min(data.size());
@@ -64,7 +65,7 @@ impl Image {
         // Only for the size of the file; the disk is what it should be.
         if let Ok(punch) = self.switch_to_end(frozen, size, true).await {
             self.leases_end().await;
-            self.punch_all(punch).await;
+            self.punch_all(punch, Cause::Shrink).await;
         }
         Rc::clone(self).reclaim().await;
         Rc::clone(self).flush().await?;

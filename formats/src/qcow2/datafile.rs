@@ -164,13 +164,6 @@ impl State {
         if self.is_metadata(host) { Err(Reason::Overlap(host)) } else { Ok(()) }
     }
 
-    /// Notes that the data cluster at the decoded place `host` lost a reference.
-    pub(super) fn unlink_data(&mut self, host: u64) {
-        if !self.geometry.external {
-            self.unlink(self.geometry.host_cluster(host));
-        }
-    }
-
     /// Plans the start of a zeroing in the data file; `None`: it is a matter of metadata.
     pub(super) fn plan_zero_data(
         &self,

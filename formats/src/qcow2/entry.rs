@@ -159,6 +159,7 @@ mod tests {
         refcount_order: 4,
         extended: false,
         external: false,
+        slice_bits: 0,
     };
     const V2: Geometry = Geometry {
         version: 2,
@@ -166,6 +167,7 @@ mod tests {
         refcount_order: 4,
         extended: false,
         external: false,
+        slice_bits: 0,
     };
     const EXTENDED: Geometry = Geometry {
         version: 3,
@@ -173,6 +175,7 @@ mod tests {
         refcount_order: 4,
         extended: true,
         external: false,
+        slice_bits: 0,
     };
     const LIMIT: u64 = 1 << 30;
 

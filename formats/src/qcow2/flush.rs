@@ -26,8 +26,9 @@ use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::planted::{self, Planted};
 use liveblk_engine::{ErrorKind, Result};
 
+use super::freed::Freed;
 use super::image::Image;
-use super::layout::{ENTRY_BYTES, Run, SECTOR};
+use super::layout::{ENTRY_BYTES, SECTOR};
 use super::state::{Health, State, Table, set_word};
 use crate::limits::FLUSH_WINDOW;
 use crate::reason::Reason;
@@ -46,7 +47,7 @@ struct Copies {
     reftable: Vec<Piece>,
     l2: Vec<Piece>,
     l1: Vec<Piece>,
-    unlinked: Vec<Run>,
+    unlinked: Vec<Freed>,
     /// How far the write-out came: slices before this step are in the file.
     refs_done: bool,
     reftable_done: bool,
@@ -128,6 +129,7 @@ impl Image {
             state.poison(error);
         }
         let unlinked = state.settle(copies, result.is_ok());
+        self.watch_age();
         if result.is_ok() && !unlinked.is_empty() {
             state.quarantine.push_back((self.epochs.retire(), unlinked));
         }
@@ -205,7 +207,7 @@ impl State {
         let mut copies = Copies::default();
         for key in self.refs.dirty_keys() {
             let block = self.block(key / geometry.block_slices()).unwrap_or(0);
-            let host = block + key % geometry.block_slices() * geometry.slice_bytes();
+            let host = block + key % geometry.block_slices() * geometry.ref_slice_bytes();
             if let Some(bytes) = self.refs.begin_write(key)
                 && block != 0
             {
@@ -241,7 +243,7 @@ impl State {
 
     /// After a write-out: what is not in the file is dirty again. Returns the clusters whose unlink
     /// is durable now.
-    fn settle(&mut self, copies: Copies, ok: bool) -> Vec<Run> {
+    fn settle(&mut self, copies: Copies, ok: bool) -> Vec<Freed> {
         for piece in &copies.refs {
             self.refs.end_write(piece.key, copies.refs_done);
         }

@@ -46,8 +46,15 @@ impl State {
         }
         for slice in self.l2.dirty_keys() {
             let index = geometry.l1_of_slice(slice);
-            if self.l2_table(index)? == Table::None {
-                return Err(Reason::BadEntry("L1", index as u64, 0));
+            match self.l2_table(index)? {
+                Table::None => return Err(Reason::BadEntry("L1", index as u64, 0)),
+                // A snapshot refers to what was taken for the disk's own.
+                Table::Own(host)
+                    if self.inactive_l2.contains_key(&geometry.host_cluster(host).0) =>
+                {
+                    return Err(Reason::Overlap(host));
+                }
+                _ => {}
             }
         }
         Ok(())

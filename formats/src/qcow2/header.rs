@@ -257,7 +257,9 @@ fn geometry(
 ) -> Result<Geometry, Reason> {
     let extended = incompatible & INCOMPATIBLE_EXTENDED_L2 != 0;
     let external = incompatible & INCOMPATIBLE_DATA_FILE != 0;
-    let geometry = Geometry { version, cluster_bits, refcount_order, extended, external };
+    let slice_bits = 0;
+    let geometry =
+        Geometry { version, cluster_bits, refcount_order, extended, external, slice_bits };
     if geometry.subcluster() < SECTOR as u64 {
         return Err(Reason::SubclusterSize(geometry.subcluster()));
     }

@@ -27,6 +27,7 @@ use super::options::Options;
 use super::pack::Packer;
 use super::room::Room;
 use super::snapshot::Snapshots;
+use super::snapshot_view::Views;
 use super::state::{Health, Miss, State};
 use crate::reason::Reason;
 
@@ -67,6 +68,10 @@ pub(super) struct Image {
     pub(super) room: Room,
     /// Whether the mapping was made ahead of the data, once it is known.
     pub(super) mapped_ahead: Cell<Option<bool>>,
+    /// Snapshots that are open to be read.
+    pub(super) views: Views,
+    /// A task waits for cached tables to become old.
+    pub(super) aging: Cell<bool>,
 }
 
 /// The handle that the engine holds.
@@ -348,10 +353,12 @@ impl Image {
         }
         // What was read while nothing could change is read again, and looked at more closely.
         let name = self.filename.to_string_lossy();
-        let header = read_header(&self.core, &self.storage).await?;
+        let mut header = read_header(&self.core, &self.storage).await?;
+        header.geometry = self.geometry;
         let state = load_state(&self.core, &self.storage, header, &self.options, &name).await?;
         *self.state.borrow_mut() = state;
         self.load_directory().await?;
+        self.guard_snapshots().await;
         self.state.borrow_mut().writable = true;
         let result = match self.become_writable().await {
             Ok(()) => self.cut_left_room().await,

@@ -187,6 +187,8 @@ pub(super) struct Geometry {
     pub(super) extended: bool,
     /// Guest data is in another file.
     pub(super) external: bool,
+    /// Bytes of a cached piece of an L2 table, as a power of two, where the caller says it; else 0.
+    pub(super) slice_bits: u32,
 }
 
 impl Geometry {
@@ -225,8 +227,13 @@ impl Geometry {
         size.div_ceil(self.l2_span())
     }
 
-    /// Bytes of a cached slice of a table.
+    /// Bytes of a cached slice of an L2 table.
     pub(super) const fn slice_bytes(self) -> u64 {
+        if self.slice_bits == 0 { self.ref_slice_bytes() } else { 1 << self.slice_bits }
+    }
+
+    /// Bytes of a cached slice of a refcount block.
+    pub(super) const fn ref_slice_bytes(self) -> u64 {
         if self.cluster() < SLICE_BYTES { self.cluster() } else { SLICE_BYTES }
     }
 
@@ -267,12 +274,12 @@ impl Geometry {
 
     /// Refcounts of a slice of a block.
     pub(super) const fn ref_slice_entries(self) -> u64 {
-        (self.slice_bytes() * 8) >> self.refcount_order
+        (self.ref_slice_bytes() * 8) >> self.refcount_order
     }
 
     /// Slices of a refcount block.
     pub(super) const fn block_slices(self) -> u64 {
-        self.cluster() / self.slice_bytes()
+        self.cluster() / self.ref_slice_bytes()
     }
 
     /// Clusters that `bytes` need.

@@ -72,7 +72,7 @@ impl Image {
             return Err(self.error(Reason::Truncated("L2 table"), "read"));
         }
         let within = (slice % self.geometry.l2_slices()) * self.geometry.slice_bytes();
-        let bytes = self.read_slice(host + within).await?;
+        let bytes = self.read_slice(host + within, self.geometry.slice_bytes()).await?;
         self.make_room(State::make_l2_room).await;
         // The table may have moved meanwhile; then the caller misses again. An image that became
         // writable while this was read has the slice already, maybe changed.
@@ -90,8 +90,8 @@ impl Image {
         if host == 0 || self.state.borrow().refs.contains(slice) {
             return Ok(());
         }
-        let within = (slice % self.geometry.block_slices()) * self.geometry.slice_bytes();
-        let bytes = self.read_slice(host + within).await?;
+        let within = (slice % self.geometry.block_slices()) * self.geometry.ref_slice_bytes();
+        let bytes = self.read_slice(host + within, self.geometry.ref_slice_bytes()).await?;
         self.make_room(State::make_ref_room).await;
         let mut state = self.state.borrow_mut();
         if !state.refs.contains(slice) {
@@ -100,8 +100,9 @@ impl Image {
         Ok(())
     }
 
-    async fn read_slice(&self, offset: u64) -> Result<Box<[u8]>> {
-        let len = usize::try_from(self.geometry.slice_bytes()).unwrap_or(0);
+    async fn read_slice(&self, offset: u64, bytes: u64) -> Result<Box<[u8]>> {
+        self.watch_age();
+        let len = usize::try_from(bytes).unwrap_or(0);
         let buf = self.core.pool().alloc(len);
         self.storage.read(offset, buf.clone()).await?;
         Ok(buf.to_vec().into_boxed_slice())

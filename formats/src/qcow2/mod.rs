@@ -13,6 +13,7 @@
 //!
 //! What this version does not do is refused by name: see `header`.
 
+mod aging;
 mod ahead;
 mod alloc;
 mod alloc_run;
@@ -41,6 +42,7 @@ mod driver;
 mod entry;
 mod extensions;
 mod flush;
+mod freed;
 mod freeze;
 mod guard;
 mod header;
@@ -65,6 +67,7 @@ mod room;
 mod snapshot;
 mod snapshot_count;
 mod snapshot_table;
+mod snapshot_view;
 mod state;
 mod subcluster;
 mod switch;

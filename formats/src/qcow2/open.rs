@@ -27,6 +27,7 @@ use super::repair::{Repair, repair};
 use super::room::Room;
 use super::snapshot::claim_snapshots;
 use super::snapshot_table::{self, Snapshot};
+use super::snapshot_view::Views;
 use super::state::{Allocator, FlushRuns, Health, Meta, State};
 use super::unpack::Unpacked;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
@@ -97,7 +98,7 @@ pub(super) async fn read_words(
 }
 
 /// The tables that stay in memory, and what follows from them.
-struct Tables {
+pub(super) struct Tables {
     l1: Vec<u64>,
     reftable: Vec<u64>,
     snapshots: Vec<Snapshot>,
@@ -118,21 +119,27 @@ impl Tables {
         let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
         let reftable = read_words(core, storage, header.reftable_offset, entries).await?;
         let snapshots = snapshot_table::load(core, storage, header).await?;
+        Ok(Self::of(header, l1, reftable, snapshots, storage.size()))
+    }
+
+    /// With what follows from the tables of a file of `size` bytes.
+    pub(super) fn of(
+        header: &Header,
+        l1: Vec<u64>,
+        reftable: Vec<u64>,
+        snapshots: Vec<Snapshot>,
+        size: u64,
+    ) -> Self {
+        let geometry = header.geometry;
         let mut metadata = metadata_of(header, &l1, &reftable);
-        claim_snapshots(
-            &mut metadata,
-            geometry,
-            header.snapshots_offset,
-            &snapshots,
-            storage.size(),
-        );
+        claim_snapshots(&mut metadata, geometry, header.snapshots_offset, &snapshots, size);
         claim_bitmaps(header, &mut metadata);
         let last = metadata.last().unwrap_or(0);
-        let file_end = geometry.clusters(storage.size());
+        let file_end = geometry.clusters(size);
         // Absurd table entries must not move the end; using them gives an error anyway.
         let sane = file_end + (crate::limits::BEYOND_END_MAX >> geometry.cluster_bits);
         let end = if last < sane { file_end.max(last + 1) } else { file_end };
-        Ok(Self { l1, reftable, snapshots, metadata, end })
+        Self { l1, reftable, snapshots, metadata, end }
     }
 }
 
@@ -153,10 +160,12 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     if writable && header.dirty() {
         header = repair_dirty(&core, &storage).await?;
     }
+    header.geometry.slice_bits = options.l2_cache_entry.map_or(0, u64::trailing_zeros);
     let state = load_state(&core, &storage, header, &options, &name).await?;
     let image = assemble(core, storage, data, filename, options, state);
     image.load_directory().await?;
     if writable {
+        image.guard_snapshots().await;
         image.state.borrow_mut().writable = true;
         image.become_writable().await?;
         image.cut_left_room().await?;
@@ -165,7 +174,7 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
 }
 
 /// The image around its state.
-fn assemble(
+pub(super) fn assemble(
     core: Core,
     storage: Storage,
     data: Option<Storage>,
@@ -192,6 +201,8 @@ fn assemble(
         packing: Semaphore::new(&core, packing),
         room: Room::new(&core, &storage, options.room_ahead),
         mapped_ahead: Cell::new(None),
+        views: Views::default(),
+        aging: Cell::new(false),
         core,
         storage,
         data,
@@ -230,10 +241,22 @@ pub(super) async fn load_state(
     options: &Options,
     name: &str,
 ) -> Result<State> {
+    let tables = Tables::load(core, storage, &header, name).await?;
+    #[cfg_attr(not(feature = "planted-bugs"), expect(unused_mut))]
+    let mut state = state_of(header, tables, options);
+    #[cfg(feature = "planted-bugs")]
+    {
+        use liveblk_engine::planted::{Planted, has};
+        state.reuses_at_once = has(core, Planted::FreedReusedAtOnce);
+    }
+    Ok(state)
+}
+
+/// The state of an image with these tables, of which nothing is cached yet.
+pub(super) fn state_of(header: Header, tables: Tables, options: &Options) -> State {
     let geometry = header.geometry;
-    let Tables { l1, reftable, snapshots, metadata, end } =
-        Tables::load(core, storage, &header, name).await?;
-    Ok(State {
+    let Tables { l1, reftable, snapshots, metadata, end } = tables;
+    State {
         geometry,
         data_place: DataPlace::of(&header, options.discard_unmap),
         header,
@@ -243,10 +266,13 @@ pub(super) async fn load_state(
         l1_dirty: BTreeSet::new(),
         reftable,
         reftable_dirty: BTreeSet::new(),
-        l2: cache(options.l2_cache, geometry),
-        refs: cache(options.refcount_cache, geometry),
+        l2: cache(options.l2_cache, geometry.slice_bytes()),
+        refs: cache(options.refcount_cache, geometry.ref_slice_bytes()),
         metadata,
         overlap: options.overlap,
+        inactive_l2: IntMap::default(),
+        passes: options.passes(),
+        no_unref: options.no_unref,
         mapped: Mapped::default(),
         pending: BTreeMap::new(),
         writes: IntMap::default(),
@@ -262,15 +288,12 @@ pub(super) async fn load_state(
         snapshots,
         write_outs: 0,
         #[cfg(feature = "planted-bugs")]
-        reuses_at_once: liveblk_engine::planted::has(
-            core,
-            liveblk_engine::planted::Planted::FreedReusedAtOnce,
-        ),
-    })
+        reuses_at_once: false,
+    }
 }
 
-fn cache(bytes: u64, geometry: Geometry) -> Cache {
-    let slices = usize::try_from(bytes / geometry.slice_bytes()).unwrap_or(usize::MAX);
+fn cache(bytes: u64, slice: u64) -> Cache {
+    let slices = usize::try_from(bytes / slice).unwrap_or(usize::MAX);
     Cache::new(slices.max(CACHE_SLICES_MIN))
 }
 

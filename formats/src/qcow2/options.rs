@@ -1,15 +1,14 @@
 //! Options of opening an image, from the names and values that QMP gives them.
 //!
-//! Source: QMP `BlockdevOptionsQcow2`. Unknown names and wrong kinds are refused by name. Options
-//! that only tune the peer's caches (`l2-cache-entry-size`, `cache-clean-interval`) are checked and
-//! have no effect here: slices have a fixed size and are evicted when others need the room.
+//! Source: QMP `BlockdevOptionsQcow2`. Unknown names and wrong kinds are refused by name.
 
 use std::fmt;
 
 use liveblk_engine::format::{FormatOptions, InfoValue};
 
+use super::freed::Passes;
 use super::overlap::{Overlap, overlap_check};
-use crate::limits::{L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES};
+use crate::limits::{CACHE_CLEAN_SECONDS, L2_CACHE_BYTES, REFCOUNT_CACHE_BYTES};
 
 /// What is wrong with an option; Display is the whole text, the peer's where it has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +21,10 @@ pub enum OptionFault {
     Exceeds(&'static str),
     /// A size of pieces of L2 tables that does not fit clusters of so many bytes.
     EntrySize(u64),
+    /// `discard-no-unref` in a version 2 image.
+    NoUnrefVersion,
+    /// An interval of more seconds than fit in 32 bits.
+    CleanInterval,
     /// Lazy refcounts in a version 2 image.
     LazyVersion,
     /// An unknown set of overlap checks.
@@ -58,6 +61,10 @@ impl fmt::Display for OptionFault {
                  'overlap-check.template' ('{member}')"
             ),
             Self::OnOff(name) => write!(f, "Parameter '{name}' expects 'on' or 'off'"),
+            Self::NoUnrefVersion => {
+                f.write_str("discard-no-unref is only supported since qcow2 version 3")
+            }
+            Self::CleanInterval => f.write_str("Cache clean interval too big"),
             Self::LazyVersion => f.write_str(
                 "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
             ),
@@ -68,9 +75,15 @@ impl fmt::Display for OptionFault {
 /// How an image is opened beyond what every format is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Give the space of freed clusters back to the storage before they can be reused
-    /// (`pass-discard-request`).
+    /// Give the space of what guests discard back to the storage before it can be reused
+    /// (`pass-discard-request`; by default what the node's `discard` says).
     pub discard_unmap: bool,
+    /// The same for what snapshots leave behind (`pass-discard-snapshot`).
+    pub pass_snapshot: bool,
+    /// The same for old places of tables and bitmaps (`pass-discard-other`).
+    pub pass_other: bool,
+    /// What guests discard stays allocated where it is (`discard-no-unref`).
+    pub no_unref: bool,
     /// Overrides the image's own wish for refcounts that may be stale while it is in use.
     pub lazy_refcounts: Option<bool>,
     /// Bytes of cached L2 slices at most.
@@ -79,8 +92,10 @@ pub struct Options {
     pub refcount_cache: u64,
     /// Reserve space ahead of what is needed, on files where writes get cheaper by it.
     pub room_ahead: bool,
-    /// Bytes of a cached piece of an L2 table, if given; only checked.
+    /// Bytes of a cached piece of an L2 table, if given.
     pub l2_cache_entry: Option<u64>,
+    /// Seconds after which cached tables that nobody used leave memory; 0: never.
+    pub cache_clean: u64,
     /// Which metadata is guarded against writes of other things.
     pub overlap: Overlap,
 }
@@ -89,11 +104,15 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             discard_unmap: false,
+            pass_snapshot: true,
+            pass_other: false,
+            no_unref: false,
             lazy_refcounts: None,
             l2_cache: L2_CACHE_BYTES,
             refcount_cache: REFCOUNT_CACHE_BYTES,
             room_ahead: true,
             l2_cache_entry: None,
+            cache_clean: CACHE_CLEAN_SECONDS,
             overlap: Overlap::default(),
         }
     }
@@ -116,11 +135,15 @@ impl Options {
                 ("l2-cache-entry-size", InfoValue::Number(bytes)) => {
                     self.l2_cache_entry = Some(*bytes);
                 }
-                (
-                    "pass-discard-snapshot" | "pass-discard-other" | "discard-no-unref",
-                    InfoValue::Flag(_),
-                )
-                | ("cache-clean-interval", InfoValue::Number(_)) => {}
+                ("pass-discard-snapshot", InfoValue::Flag(on)) => self.pass_snapshot = *on,
+                ("pass-discard-other", InfoValue::Flag(on)) => self.pass_other = *on,
+                ("discard-no-unref", InfoValue::Flag(on)) => self.no_unref = *on,
+                ("cache-clean-interval", InfoValue::Number(seconds)) => {
+                    if u32::try_from(*seconds).is_err() {
+                        return Err(OptionFault::CleanInterval);
+                    }
+                    self.cache_clean = *seconds;
+                }
                 (name, InfoValue::Text(_) | InfoValue::Flag(_))
                     if name.starts_with("overlap-check") => {}
                 _ => return Err(OptionFault::Bad(name.clone())),
@@ -155,6 +178,12 @@ impl Options {
         Ok(())
     }
 
+    /// For which freed clusters space goes back.
+    pub(super) const fn passes(&self) -> Passes {
+        let (snapshot, other) = (self.pass_snapshot, self.pass_other);
+        Passes { request: self.discard_unmap, snapshot, other }
+    }
+
     fn set(&mut self, l2: u64, refcounts: u64) {
         (self.l2_cache, self.refcount_cache) = (l2, refcounts);
     }
@@ -163,6 +192,9 @@ impl Options {
     pub(super) fn check(&self, version: u32, cluster: u64) -> Result<(), OptionFault> {
         if self.lazy_refcounts == Some(true) && version < 3 {
             return Err(OptionFault::LazyVersion);
+        }
+        if self.no_unref && version < 3 {
+            return Err(OptionFault::NoUnrefVersion);
         }
         match self.l2_cache_entry {
             Some(bytes) if !bytes.is_power_of_two() || !(512..=cluster).contains(&bytes) => {

@@ -1,13 +1,18 @@
 //! The option `overlap-check`: which metadata neither guest data nor other metadata may be written
 //! into.
 //!
-//! The peer's `inactive-l2` is taken without effect: such tables are never free while a snapshot
-//! counts them, and nobody writes them in place.
+//! `inactive-l2` (in no template but `all`) costs a read of every snapshot's L1 table when the
+//! image is opened for writing and when the snapshots change; what is guarded then is kept in
+//! memory, at most [`INACTIVE_L2_MAX`] tables.
 
 use liveblk_engine::format::{FormatOptions, InfoValue};
 
+use super::cache::IntMap;
+use super::image::Image;
+use super::layout::OFFSET_MASK;
 use super::options::OptionFault;
 use super::state::Meta;
+use crate::limits::INACTIVE_L2_MAX;
 
 /// Which kinds of metadata guest data may not be written into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +44,11 @@ impl Overlap {
         Self(bits.fold(0, |all, (bit, _)| all | 1 << bit))
     }
 
+    /// Whether L2 tables of snapshots are guarded.
+    const fn guards_inactive_l2(self) -> bool {
+        self.0 & 1 << 7 != 0
+    }
+
     /// Whether `meta` is guarded.
     pub(super) const fn guards(self, meta: Meta) -> bool {
         let bits = match meta {
@@ -52,6 +62,30 @@ impl Overlap {
             Meta::Bitmaps => 1 << 8,
         };
         self.0 & bits != 0
+    }
+}
+
+impl Image {
+    /// Learns which L2 tables belong to snapshots, if these are guarded. What cannot be read is not
+    /// guarded: it is told where it is used.
+    pub(super) async fn guard_snapshots(&self) {
+        if !self.options.overlap.guards_inactive_l2() {
+            return;
+        }
+        let snapshots = self.state.borrow().snapshots.clone();
+        let mut tables: IntMap<()> = IntMap::default();
+        for snapshot in &snapshots {
+            let Ok(l1) = self.snapshot_l1(snapshot).await else { continue };
+            let hosts = l1.iter().map(|raw| raw & OFFSET_MASK).filter(|host| *host != 0);
+            for host in hosts {
+                if tables.len() >= INACTIVE_L2_MAX {
+                    tracing::warn!(image = %self.filename.display(), "too many L2 tables to guard");
+                    break;
+                }
+                tables.insert(self.geometry.host_cluster(host).0, ());
+            }
+        }
+        self.state.borrow_mut().inactive_l2 = tables;
     }
 }
 

@@ -24,6 +24,7 @@ use liveblk_engine::{Error, ErrorKind, Result};
 use super::bitmap_track::Waits;
 use super::codec::Codec;
 use super::entry::Entry;
+use super::freed::Cause;
 use super::image::Image;
 use super::layout::{Geometry, GuestCluster, HostCluster, Run, SECTOR};
 use super::packed::Packed;
@@ -105,6 +106,7 @@ impl Image {
                     span: (0, cluster),
                     old,
                     packed: Some(packed),
+                    zeroes: false,
                 });
                 let end: Rc<dyn WriteEnd> = Rc::<Self>::clone(self);
                 WriteStep::Ready(WritePiece {
@@ -196,7 +198,7 @@ impl State {
             self.poison(&cause);
         }
         if let Some(old) = old {
-            self.unlink_run(old);
+            self.unlink_run(old, Cause::Rewrite);
         }
     }
 

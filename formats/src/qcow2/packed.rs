@@ -55,7 +55,14 @@ mod tests {
     use super::*;
 
     const fn geometry(cluster_bits: u32) -> Geometry {
-        Geometry { version: 3, cluster_bits, refcount_order: 4, extended: false, external: false }
+        Geometry {
+            version: 3,
+            cluster_bits,
+            refcount_order: 4,
+            extended: false,
+            external: false,
+            slice_bits: 0,
+        }
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //!
 //! Order: (1) the unlink is durable (`flush` moves the cluster into quarantine and retires the
 //! epoch); (2) every lease of that epoch or an older one is gone; (3) the space is punched, if
-//! asked for; (4) the refcount is decreased in memory, from now on the cluster can be taken. What
+//! asked for (`freed`); (4) the refcount is decreased in memory, from now on the cluster can be taken. What
 //! a crash interrupts is a leak.
 
 use std::rc::Rc;
 
+use super::freed::Freed;
 use super::image::Image;
 use super::layout::{HostCluster, Run};
 use crate::reason::Reason;
@@ -43,18 +44,19 @@ impl Image {
                         if state.released.is_empty() {
                             return;
                         }
-                        std::mem::take(&mut state.released)
+                        let released = std::mem::take(&mut state.released);
+                        released.into_iter().map(Freed::kept).collect()
                     }
                 }
             };
-            for run in runs {
-                self.free(run).await;
+            for freed in runs {
+                self.free(freed).await;
             }
         }
     }
 
-    async fn free(self: &Rc<Self>, run: Run) {
-        if self.options.discard_unmap {
+    async fn free(self: &Rc<Self>, Freed { run, punch }: Freed) {
+        if punch {
             self.punch(run).await;
         }
         for cluster in run.clusters() {

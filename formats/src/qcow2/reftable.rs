@@ -10,6 +10,7 @@ use std::rc::Rc;
 use liveblk_engine::Result;
 
 use super::counts;
+use super::freed::Cause;
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, Geometry, HostCluster, Run};
 use super::state::{Meta, set_word};
@@ -119,6 +120,7 @@ impl Image {
         for at in 0..plan.blocks {
             state.metadata.insert(plan.start + at, Meta::RefBlock(plan.first_block + at));
         }
+        let old = state.freed(old, Cause::Other);
         state.quarantine.push_back((self.epochs.retire(), vec![old]));
         Ok(())
     }
@@ -159,6 +161,7 @@ mod tests {
                 refcount_order,
                 extended: false,
                 external: false,
+                slice_bits: 0,
             };
             for old in [1, 64, 4096] {
                 let start = old * geometry.block_entries() + 3;

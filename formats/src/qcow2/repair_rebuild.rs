@@ -209,7 +209,9 @@ mod tests {
     fn a_region_has_a_block_for_each_of_its_clusters_and_no_more() {
         for (cluster_bits, refcount_order) in [(9, 6), (9, 0), (12, 3), (16, 4), (21, 6)] {
             let (version, extended, external) = (3, false, false);
-            let geometry = Geometry { version, cluster_bits, refcount_order, extended, external };
+            let slice_bits = 0;
+            let geometry =
+                Geometry { version, cluster_bits, refcount_order, extended, external, slice_bits };
             for (start, snapshots) in [(1, 0), (500, 3), (70_001, 1), (9_999_999, 40)] {
                 let used: BTreeSet<u64> = (0..start).step_by(777).collect::<BTreeSet<_>>();
                 let used = used.iter().map(|at| at / geometry.block_entries()).collect();

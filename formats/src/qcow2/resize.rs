@@ -16,6 +16,7 @@ use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::datafile::DataPlace;
 use super::entry::Entry;
+use super::freed::Cause;
 use super::freeze::Frozen;
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, GuestCluster, Run};
@@ -157,7 +158,7 @@ impl Image {
         }
         self.link(at, host).await?;
         if let Some(old) = entry.references(self.geometry).filter(|_| !external) {
-            self.state.borrow_mut().unlink_run(old);
+            self.state.borrow_mut().unlink_run(old, Cause::Rewrite);
         }
         Ok(())
     }
@@ -339,6 +340,7 @@ impl Image {
             state.metadata.insert(cluster.0, Meta::L1);
         }
         if old.count > 0 {
+            let old = state.freed(old, Cause::Other);
             state.quarantine.push_back((self.epochs.retire(), vec![old]));
         }
         Ok(())

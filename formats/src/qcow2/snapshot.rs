@@ -14,10 +14,13 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::format::{InternalSnapshots, LocalFuture, SnapshotInfo};
+use liveblk_engine::format::{
+    Format, InternalSnapshots, LocalFuture, SnapshotChoice, SnapshotInfo,
+};
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::claims::Claims;
+use super::freed::Cause;
 use super::image::Image;
 use super::layout::{
     COPIED, ENTRY_BYTES, Geometry, HostCluster, INCOMPATIBLE_DATA_FILE, OFFSET_MASK, Run,
@@ -49,6 +52,10 @@ impl InternalSnapshots for Snapshots {
     fn apply(&self, id_or_name: &str) -> LocalFuture<'static, Result<()>> {
         self.0.run(Rc::clone(&self.0).apply_snapshot(id_or_name.to_owned()))
     }
+
+    fn view(&self, which: SnapshotChoice) -> LocalFuture<'static, Result<Rc<dyn Format>>> {
+        self.0.run(Rc::clone(&self.0).view_snapshot(which))
+    }
 }
 
 /// A new set of tables, ready to be published.
@@ -71,7 +78,7 @@ impl Image {
     }
 
     /// The snapshot with this id, else the one with this name.
-    fn find_snapshot(&self, text: &str, op: &'static str) -> Result<(usize, Snapshot)> {
+    pub(super) fn find_snapshot(&self, text: &str, op: &'static str) -> Result<(usize, Snapshot)> {
         let state = self.state.borrow();
         let list = &state.snapshots;
         let at = list.iter().position(|snapshot| snapshot.has_id(text));
@@ -109,6 +116,7 @@ impl Image {
             NewTables { size, l1, l1_place, snapshots }
         });
         self.finish(switch, new).await?;
+        self.guard_snapshots().await;
         Ok(info.unwrap_or_default())
     }
 
@@ -116,6 +124,7 @@ impl Image {
         self.check_snapshots("delete a snapshot")?;
         let frozen = self.freeze().await?;
         let (at, snapshot) = self.find_snapshot(&text, "delete a snapshot")?;
+        self.check_not_viewed(&snapshot)?;
         let old = self.snapshot_l1(&snapshot).await?;
         let (mut list, l1, size) = {
             let state = self.state.borrow();
@@ -129,7 +138,11 @@ impl Image {
         let [l1_place, table] = places[..] else { unreachable!("as many as asked for") };
         let result = switch.drop_snapshot(&snapshot, &old, l1).await;
         let new = result.map(|l1| NewTables { size, l1, l1_place, snapshots: Some((list, table)) });
-        self.finish(switch, new).await.map(|_| ())
+        let punch = self.finish(switch, new).await?;
+        self.leases_end().await;
+        self.punch_all(punch, Cause::Snapshot).await;
+        self.guard_snapshots().await;
+        Ok(())
     }
 
     async fn apply_snapshot(self: Rc<Self>, text: String) -> Result<()> {
@@ -158,7 +171,8 @@ impl Image {
         let punch = self.finish(switch, new).await?;
         // Reads of the old disk may be under way.
         self.leases_end().await;
-        self.punch_all(punch).await;
+        self.punch_all(punch, Cause::Snapshot).await;
+        self.guard_snapshots().await;
         Ok(())
     }
 

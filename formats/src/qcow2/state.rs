@@ -12,6 +12,7 @@ use super::claims::Claims;
 use super::counts;
 use super::datafile::DataPlace;
 use super::entry::{Entry, RawEntry};
+use super::freed::{Freed, Passes};
 use super::header::Header;
 use super::layout::{
     COMPRESSED, COPIED, ENTRY_BYTES, Geometry, GuestCluster, HostCluster, OFFSET_MASK,
@@ -121,6 +122,8 @@ pub(super) struct PendingWrite {
     pub(super) old: Option<Run>,
     /// Where the bytes are, if they are packed; then the write is one whole cluster.
     pub(super) packed: Option<Packed>,
+    /// Whole clusters whose bytes were given back: they stay, and read as zeroes.
+    pub(super) zeroes: bool,
 }
 
 /// What of a cluster has pending writes.
@@ -178,6 +181,12 @@ pub(super) struct State {
     pub(super) metadata: Claims,
     /// Which of it guest data may not be written into.
     pub(super) overlap: Overlap,
+    /// The L2 tables of snapshots, if guest data may not be written into them either.
+    pub(super) inactive_l2: IntMap<()>,
+    /// For which freed clusters space goes back to the storage.
+    pub(super) passes: Passes,
+    /// What guests give up stays allocated where it is.
+    pub(super) no_unref: bool,
     /// Clusters that are known to hold guest data.
     pub(super) mapped: Mapped,
     /// Guest clusters with pending writes.
@@ -188,9 +197,9 @@ pub(super) struct State {
     pub(super) loading: BTreeSet<Miss>,
     pub(super) unpacked: Unpacked,
     /// Clusters whose unlink is not durable yet.
-    pub(super) unlinked: Vec<Run>,
+    pub(super) unlinked: Vec<Freed>,
     /// Clusters whose unlink is durable, with the epoch that may still use them.
-    pub(super) quarantine: VecDeque<(u64, Vec<Run>)>,
+    pub(super) quarantine: VecDeque<(u64, Vec<Freed>)>,
     /// Clusters that lost their reference and are used by nobody.
     pub(super) released: Vec<Run>,
     pub(super) flushes: FlushRuns,
@@ -334,8 +343,10 @@ impl State {
 
     /// Whether the cluster at byte `host` holds metadata that is guarded.
     pub(super) fn is_metadata(&self, host: u64) -> bool {
-        let meta = self.metadata.get(self.geometry.host_cluster(host).0);
+        let cluster = self.geometry.host_cluster(host).0;
+        let meta = self.metadata.get(cluster);
         meta.is_some_and(|meta| self.overlap.guards(meta))
+            || self.inactive_l2.contains_key(&cluster)
     }
 
     /// The first cluster that a packed one would share with metadata.
@@ -420,33 +431,6 @@ impl State {
                 || self.refs.above_high_water()
                 || self.unlinked.len() > crate::limits::UNLINKED_RUNS_MAX)
     }
-
-    /// Notes that each cluster of `run` lost one reference in memory.
-    pub(super) fn unlink_run(&mut self, run: Run) {
-        for cluster in run.clusters() {
-            self.unlink(cluster);
-        }
-    }
-
-    /// Notes that `cluster` lost one reference in memory; it is freed when that is durable.
-    pub(super) fn unlink(&mut self, cluster: HostCluster) {
-        #[cfg(feature = "planted-bugs")]
-        if self.reuses_at_once {
-            return push_cluster(&mut self.released, cluster);
-        }
-        push_cluster(&mut self.unlinked, cluster);
-    }
-}
-
-/// Adds a cluster to the last run if it continues it.
-pub(super) fn push_cluster(runs: &mut Vec<Run>, cluster: HostCluster) {
-    if let Some(last) = runs.last_mut()
-        && last.start.plus(last.count) == cluster
-    {
-        last.count += 1;
-        return;
-    }
-    runs.push(Run { start: cluster, count: 1 });
 }
 
 /// The big-endian word `index` of a table; 0 outside.

@@ -106,6 +106,7 @@ mod tests {
         refcount_order: 4,
         extended: true,
         external: false,
+        slice_bits: 0,
     };
     const PLAIN: Geometry = Geometry { extended: false, ..GEOMETRY };
 

@@ -24,11 +24,12 @@ use liveblk_engine::Result;
 use liveblk_engine::executor::sync::MutexGuard;
 
 use super::counts;
+use super::freed::{Cause, push_cluster};
 use super::freeze::Frozen;
 use super::header::Header;
 use super::image::Image;
 use super::layout::{HostCluster, Run};
-use super::state::{Health, Meta, State, push_cluster};
+use super::state::{Health, Meta, State};
 use crate::limits::{ALLOC_CLUSTERS_MAX, SWITCH_PUNCH_RUNS_MAX};
 use crate::reason::Reason;
 
@@ -395,10 +396,10 @@ impl Image {
         }
     }
 
-    /// Gives the space of free clusters back to the storage, if that is wanted. The caller holds
-    /// `growth`, and no lease covers them.
-    pub(super) async fn punch_all(&self, runs: Vec<Run>) {
-        if !self.options.discard_unmap {
+    /// Gives the space of clusters that became free for `cause` back to the storage, if that is
+    /// wanted. The caller holds `growth`, and no lease covers them.
+    pub(super) async fn punch_all(&self, runs: Vec<Run>, cause: Cause) {
+        if !self.state.borrow().passes.has(cause) {
             return;
         }
         for run in runs {

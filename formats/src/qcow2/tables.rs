@@ -9,6 +9,7 @@ use std::rc::Rc;
 use liveblk_engine::Result;
 
 use super::counts;
+use super::freed::Cause;
 use super::image::Image;
 use super::layout::{COPIED, HostCluster};
 use super::state::{Meta, State, Table};
@@ -39,7 +40,7 @@ impl Image {
         if let Some(old) = old {
             let old = self.geometry.host_cluster(old);
             state.metadata.remove(old.0);
-            state.unlink(old);
+            state.unlink(old, Cause::Other);
         }
         Ok(())
     }
@@ -62,7 +63,7 @@ impl Image {
         self.storage.write(host, self.core.pool().zeroed(len), false).await?;
         self.make_room(State::make_ref_room).await;
         let (slice, position) = self.state.borrow().ref_position(at);
-        let bytes = usize::try_from(self.geometry.slice_bytes()).unwrap_or(0);
+        let bytes = usize::try_from(self.geometry.ref_slice_bytes()).unwrap_or(0);
         let mut state = self.state.borrow_mut();
         state.refs.insert(slice, vec![0; bytes].into_boxed_slice());
         if let Some(bytes) = state.refs.change(slice) {

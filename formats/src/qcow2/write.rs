@@ -17,6 +17,7 @@ use liveblk_engine::format::{
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::entry::Entry;
+use super::freed::Cause;
 use super::image::Image;
 use super::layout::{Geometry, GuestCluster, HostCluster, Run};
 use super::state::{Lookup, Miss, PendingWrite, State};
@@ -136,6 +137,7 @@ impl Image {
             span: (shape.from, shape.to),
             old: freed,
             packed: None,
+            zeroes: false,
         });
         let end: Rc<dyn WriteEnd> = Rc::<Self>::clone(self);
         WriteStep::Ready(WritePiece {
@@ -258,12 +260,11 @@ impl State {
             let old = slice.map(|bytes| self.decode(bytes, geometry.slice_index(cluster)));
             let old = old.and_then(Entry::subclusters).unwrap_or_default();
             let kept = if write.fresh { 0 } else { old.allocated };
-            let new = Subclusters {
-                host,
-                copied: true,
-                allocated: kept | written,
-                zero: old.zero & !written,
+            let (allocated, zero) = match write.zeroes {
+                true => (0, ALL),
+                false => (kept | written, old.zero & !written),
             };
+            let new = Subclusters { host, copied: true, allocated, zero };
             if !self.set_entry(cluster, Entry::of(new)) {
                 // Cannot be: slices with pending clusters are not evicted. Never guess, stop.
                 let cause = Error::new(ErrorKind::Corrupt, "publish a mapping").at(host);
@@ -271,7 +272,7 @@ impl State {
             }
         }
         if let Some(old) = write.old {
-            self.unlink_run(old);
+            self.unlink_run(old, Cause::Rewrite);
         }
     }
 }

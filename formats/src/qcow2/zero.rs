@@ -8,23 +8,37 @@
 use std::rc::Rc;
 
 use liveblk_engine::address::GuestRange;
-use liveblk_engine::format::{MissId, WriteGuard, ZeroMode, ZeroStep};
+use liveblk_engine::format::{MissId, WriteEnd, WriteGuard, ZeroMode, ZeroStep};
 use liveblk_engine::{Error, ErrorKind, Result};
 
 use super::datafile::ZeroData;
 use super::entry::Entry;
+use super::freed::Cause;
 use super::image::Image;
-use super::layout::GuestCluster;
-use super::state::{Lookup, Miss, State, Table};
+use super::layout::{GuestCluster, Run};
+use super::state::{Lookup, Miss, PendingWrite, State, Table};
 use super::subcluster::{ALL, Subclusters, touched};
 use crate::limits::ZERO_CLUSTERS_MAX;
 use crate::reason::Reason;
 
 /// What happens with the start of a range.
 pub(super) enum Plan {
-    Done { len: u64 },
-    Storage { len: u64, host: u64 },
-    Write { len: u64 },
+    Done {
+        len: u64,
+    },
+    Storage {
+        len: u64,
+        host: u64,
+    },
+    /// The clusters of a run of host clusters stay; their bytes go back to the storage.
+    GiveBack {
+        len: u64,
+        first: GuestCluster,
+        run: Run,
+    },
+    Write {
+        len: u64,
+    },
     Miss(Miss),
     Wait(GuestCluster),
 }
@@ -56,7 +70,22 @@ impl Image {
                 let guard = WriteGuard::in_place(Some(self.epochs.lease()));
                 ZeroStep::Storage { len, host: self.geometry.place(host), guard }
             }
+            Plan::GiveBack { len, first, run } => self.give_back_bytes(len, first, run),
         })
+    }
+}
+
+impl Image {
+    /// Zeroes the host clusters `run` where they are; the mapping says so when they are.
+    fn give_back_bytes(self: &Rc<Self>, len: u64, first: GuestCluster, run: Run) -> ZeroStep {
+        let span = (0, run.count << self.geometry.cluster_bits);
+        let write =
+            PendingWrite { first, run, fresh: false, span, old: None, packed: None, zeroes: true };
+        let token = self.state.borrow_mut().begin_pending(write);
+        let end: Rc<dyn WriteEnd> = Rc::<Self>::clone(self);
+        let guard = WriteGuard::pending(end, token, Some(self.epochs.lease()));
+        let host = self.geometry.place(self.geometry.host(run.start));
+        ZeroStep::Storage { len, host, guard }
     }
 }
 
@@ -117,11 +146,12 @@ impl State {
         }
         let mut new =
             Subclusters { allocated: old.allocated & !changed, zero: old.zero | changed, ..old };
-        if mode != ZeroMode::Keep && new.allocated == 0 {
+        let stays = mode == ZeroMode::Keep || (self.no_unref && old.copied);
+        if !stays && new.allocated == 0 {
             new = Subclusters { host: 0, copied: false, ..new };
         }
         if self.set_entry(at, Entry::of(new)) && new.host != old.host {
-            self.unlink_data(old.host);
+            self.unlink_data(old.host, Cause::Request);
         }
         Ok(Plan::Done { len })
     }
@@ -143,7 +173,17 @@ impl State {
                 done = count.min(done + skipped);
                 continue;
             }
-            let blocked = match self.lookup(at) {
+            let found = self.lookup(at);
+            if let Ok(Lookup::Entry(entry)) = found
+                && let Some(run) = self.bytes_to_give_back(at, entry, count - done, mode)
+            {
+                if done > 0 {
+                    break;
+                }
+                let len = len.min(run.count * cluster);
+                return Ok(Plan::GiveBack { len, first: at, run });
+            }
+            let blocked = match found {
                 Ok(Lookup::Entry(entry)) if self.zero_entry(at, entry, mode) => {
                     done += 1;
                     continue;
@@ -162,6 +202,24 @@ impl State {
         Ok(Plan::Done { len: len.min(done * cluster) })
     }
 
+    /// The host clusters, from that of guest cluster `at` on, that stay allocated although a guest
+    /// gave their bytes up, if these go back to the storage (`discard-no-unref`).
+    fn bytes_to_give_back(
+        &self,
+        at: GuestCluster,
+        entry: Entry,
+        count: u64,
+        mode: ZeroMode,
+    ) -> Option<Run> {
+        if !self.no_unref || mode == ZeroMode::Keep || !self.passes.has(Cause::Request) {
+            return None;
+        }
+        let old = entry.subclusters().filter(|old| old.copied && old.allocated != 0)?;
+        let whole = matches!(entry, Entry::Data { .. });
+        let count = if whole { self.run_of(at, count.min(ZERO_CLUSTERS_MAX), entry) } else { 1 };
+        Some(Run { start: self.geometry.host_cluster(old.host), count })
+    }
+
     /// How many clusters from `at` to the end of its slice have no L2 table.
     pub(super) fn unmapped_from(&self, at: GuestCluster) -> u64 {
         let slice = self.geometry.slice_of(at);
@@ -176,27 +234,28 @@ impl State {
         if let Entry::Compressed(packed) = entry {
             let changed = self.set_entry(at, Entry::ZeroPlain);
             if changed {
-                self.unlink_run(packed.run(self.geometry));
+                self.unlink_run(packed.run(self.geometry), Cause::Request);
             }
             return changed;
         }
         let Some(old) = entry.subclusters() else { return false };
+        let kept = old.copied && (mode == ZeroMode::Keep || self.no_unref);
         let done = match mode {
             ZeroMode::Discard => entry == Entry::Absent || entry == Entry::ZeroPlain,
             ZeroMode::Keep => old.zero == ALL,
             ZeroMode::Unmap => entry == Entry::ZeroPlain,
         };
-        if done {
+        if done || (kept && old.zero == ALL) {
             return true;
         }
-        let kept = mode == ZeroMode::Keep && old.copied;
         let new = match old {
             Subclusters { host, copied, .. } if kept => Entry::ZeroAllocated { host, copied },
             _ => Entry::ZeroPlain,
         };
         let changed = self.set_entry(at, new);
         if changed && !kept && old.host != 0 {
-            self.unlink_data(old.host);
+            let cause = if mode == ZeroMode::Keep { Cause::Rewrite } else { Cause::Request };
+            self.unlink_data(old.host, cause);
         }
         changed
     }

@@ -66,8 +66,14 @@ fn pack(codec: Codec, len: usize, program: &[u8]) {
 
 /// Every word decodes to a place that encodes to it again, flags of other kinds apart.
 fn describe(cluster_bits: u32, bytes: &[u8]) {
-    let geometry =
-        Geometry { version: 3, cluster_bits, refcount_order: 4, extended: false, external: false };
+    let geometry = Geometry {
+        version: 3,
+        cluster_bits,
+        refcount_order: 4,
+        extended: false,
+        external: false,
+        slice_bits: 0,
+    };
     for word in bytes.chunks_exact(8) {
         let word = u64::from_be_bytes(word.try_into().expect("invariant: chunks of eight"));
         let packed = Packed::decode(word, geometry);

@@ -9,8 +9,8 @@ use liveblk_engine::buf::Buf;
 use liveblk_engine::driver::sim::{Sim, SimConfig};
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
-    DataSource, Driver, Extents, Fill, Format, FormatOptions, Mapping, OpenData, OpenImage,
-    WriteStep, ZeroMode, ZeroStep,
+    DataSource, Driver, Extents, Fill, Format, InfoValue, Mapping, OpenData, OpenImage, WriteStep,
+    ZeroMode, ZeroStep,
 };
 use liveblk_engine::storage::{File, FileOptions, Storage, sync_folder_of};
 
@@ -60,8 +60,18 @@ fn data_file_opener(core: &Core) -> OpenData {
     })
 }
 
-/// Opens the image in `storage`.
+/// Opens the image in `storage`; space that guests give up goes back.
 pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Result<Disk> {
+    open_with(core, storage, writable, &[]).await
+}
+
+/// The same with options of the format.
+pub(super) async fn open_with(
+    core: &Core,
+    storage: Storage,
+    writable: bool,
+    options: &[(&str, InfoValue)],
+) -> Result<Disk> {
     let filename = PathBuf::from(storage.name());
     let core = core.clone();
     let image = OpenImage {
@@ -71,7 +81,7 @@ pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Resul
         writable,
         discard_unmap: true,
         data: DataSource::FromHeader(data_file_opener(&core)),
-        options: FormatOptions::new(),
+        options: options.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect(),
         raw_offset: 0,
         raw_size: None,
     };
@@ -184,7 +194,10 @@ impl Disk {
                 }
                 ZeroStep::Storage { len, host, guard } => {
                     let storage = self.format.data_storage();
-                    storage.write_zeroes(host.bytes(), len, true).await?;
+                    match mode {
+                        ZeroMode::Discard => drop(storage.discard(host.bytes(), len).await?),
+                        _ => storage.write_zeroes(host.bytes(), len, true).await?,
+                    }
                     guard.complete();
                     done += len;
                 }

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::process::Command;
 
 use liveblk_engine::driver::sim::{Sim, SimConfig};
-use liveblk_engine::format::ZeroMode;
+use liveblk_engine::format::{SnapshotChoice, ZeroMode};
 
-use super::mover::{calm, file, open};
+use super::mover::{Disk, calm, file, open};
 use super::peer::{load, run, text};
 use super::snapshots::{shapes, snapshots, take};
 use crate::qcow2::{check, create};
@@ -332,6 +332,12 @@ fn snapshot_tables_that_lie_are_refused_with_the_peers_texts() {
             let opened = open(&core, file(&core, "/image", false).await, true).await;
             let Ok(disk) = opened else { return };
             let _ = snapshots(&disk).list();
+            for which in ["1", "long"] {
+                let which = SnapshotChoice::Text(which.to_owned());
+                let Ok(format) = snapshots(&disk).view(which).await else { continue };
+                let view = Disk { format, ..disk.clone() };
+                let _ = view.read(0, view.format.size().min(1 << 20)).await;
+            }
             let _ = take(&disk, "another").await;
             let _ = snapshots(&disk).apply("1").await;
             let _ = snapshots(&disk).delete("1").await;

@@ -24,6 +24,9 @@ pub(crate) struct ImgOptions {
     /// Also follow references into this folder (may be given more than once)
     #[arg(long, global = true, value_name = "DIR")]
     pub(crate) allow_dir: Vec<PathBuf>,
+    /// Objects of the peer: there are none here that an image could need
+    #[arg(long, global = true, hide = true, value_name = "OBJDEF")]
+    pub(crate) object: Vec<String>,
     /// What to do with images
     #[command(subcommand)]
     pub(crate) verb: ImgVerb,

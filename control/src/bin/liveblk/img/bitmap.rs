@@ -20,6 +20,9 @@ pub(crate) struct BitmapOptions {
     /// Format of the image
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
+    /// FILE is a list of options, driver=FORMAT,file.filename=PATH,..., instead of a name
+    #[arg(long)]
+    image_opts: bool,
     #[command(flatten)]
     actions: Actions,
     /// Bytes per bit of a new bitmap
@@ -118,6 +121,7 @@ pub(crate) async fn run(host: &Host, options: BitmapOptions) -> Answer {
     }
     let wanted = Wanted {
         format: options.format.as_deref(),
+        by_options: options.image_opts,
         writable: true,
         alone: true,
         ..Wanted::default()
@@ -166,7 +170,10 @@ fn granularity(options: &BitmapOptions) -> Result<Option<u64>, Failure> {
         return Err(Failure::new("granularity only supported with --add"));
     }
     let good = |bytes: &u64| bytes.is_power_of_two() && (512..=1 << 31).contains(bytes);
-    match size::parse(text).filter(good) {
+    let Some(bytes) = size::parse(text) else {
+        return Err(Failure::new(format!("Invalid granularity specified: '{text}'.")));
+    };
+    match Some(bytes).filter(good) {
         Some(bytes) => Ok(Some(bytes)),
         None => Err(Failure::new(format!(
             "Operation add on bitmap {} failed: Granularity must be power of 2 and at least 512 \

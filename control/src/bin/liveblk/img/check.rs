@@ -29,6 +29,9 @@ pub(crate) struct CheckOptions {
     /// Format of the image (needed for raw)
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
+    /// FILE is a list of options, driver=FORMAT,file.filename=PATH,..., instead of a name
+    #[arg(long)]
+    image_opts: bool,
     /// Repair
     #[arg(short, long, value_enum, value_name = "WHAT", conflicts_with = "force_share")]
     repair: Option<Repair>,
@@ -44,6 +47,20 @@ pub(crate) struct CheckOptions {
     filename: String,
 }
 
+impl CheckOptions {
+    /// The same with the file's name in place of options: what is checked is all in the file.
+    fn plain(self) -> Result<Self, Failure> {
+        if !self.image_opts {
+            return Ok(self);
+        }
+        let opts = source::named_by(&self.filename, self.format.as_deref())?;
+        let Some(filename) = opts.filename().map(str::to_owned) else {
+            return Err(Failure::open(&self.filename, &"Parameter 'file' is missing"));
+        };
+        Ok(Self { format: opts.driver().map(str::to_owned), filename, ..self })
+    }
+}
+
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Repair {
@@ -55,6 +72,7 @@ enum Repair {
 
 /// Checks.
 pub(crate) async fn run(host: &Host, options: CheckOptions) -> Answer {
+    let options = options.plain()?;
     let format = source::format_of(host, &options.filename, options.format.as_deref()).await?;
     if format != "qcow2" {
         let text = "This image format does not support checks";
@@ -102,7 +120,7 @@ async fn judge(
     let failed = |error: liveblk::Error| {
         // A file that is no image cannot be opened; anything else went wrong while checking.
         match error.op() {
-            "open" => Failure::open(&options.filename, &error),
+            "open" | "check" => Failure::open(&options.filename, &error),
             _ => Failure::from(error).during("Check failed"),
         }
     };

@@ -44,6 +44,9 @@ pub(crate) struct CompareOptions {
     /// Format of the second image (needed for raw)
     #[arg(short = 'F', long, value_name = "FMT")]
     b_format: Option<String>,
+    /// The images are lists of options, driver=FORMAT,file.filename=PATH,..., instead of names
+    #[arg(long)]
+    image_opts: bool,
     /// Sizes and allocation must be equal too
     #[arg(short, long)]
     strict: bool,
@@ -76,7 +79,8 @@ pub(crate) async fn run(host: &Host, options: CompareOptions) -> Answer {
 
 async fn compare(host: &Host, options: &CompareOptions) -> Answer {
     let direct = cache::is_direct(options.cache.as_deref(), "source cache")?;
-    let wanted = Wanted { shared: options.force_share, direct, ..Wanted::default() };
+    let (shared, by_options) = (options.force_share, options.image_opts);
+    let wanted = Wanted { shared, direct, by_options, ..Wanted::default() };
     let mut images = Vec::new();
     for (file, format) in
         [(&options.filename1, &options.a_format), (&options.filename2, &options.b_format)]

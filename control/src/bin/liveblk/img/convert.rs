@@ -13,18 +13,23 @@ use liveblk::{BackingSource, Host, Node, OpenNode};
 use serde_json::json;
 
 use super::arguments::Output;
+use super::bitmap_copy::{self, Bitmaps};
 use super::cache;
-use super::copy::{Copy, Sources};
+use super::copy::{Copy, Pace, Sources};
 use super::create::{self, Design};
 use super::failure::{Answer, Failure};
 use super::keys::{self, Value};
 use super::newfile::NewFile;
 use super::progress::Progress;
-use super::size;
+use super::size::{self, SIZE_MAX};
+use super::snapshot;
 use super::source::{self, Wanted};
 
 /// Bytes of zeroes in a row that are not written, where nothing is said.
 const SPARSE: u64 = 4096;
+
+/// The most that may be asked for.
+const SPARSE_MAX: u64 = 16 << 20;
 
 /// Copy images into a new one, in another format if wanted
 ///
@@ -65,13 +70,34 @@ pub(crate) struct ConvertOptions {
     /// Bytes of zeroes in a row that become a hole; 0: write everything
     #[arg(short = 'S', long, value_name = "SIZE")]
     sparse_size: Option<String>,
-    /// Copy a snapshot inside the source (name or id)
+    /// The sources are lists of options, driver=FORMAT,file.filename=PATH,..., instead of names
+    #[arg(long, alias = "image-opts")]
+    source_image_opts: bool,
+    /// The same for the target (with -n)
+    #[arg(long)]
+    target_image_opts: bool,
+    /// Copy a snapshot inside the source: its id or name, or snapshot.id=ID,snapshot.name=NAME
     #[arg(short = 'l', long, value_name = "SNAPSHOT")]
     source_snapshot: Option<String>,
+    /// Copy the persistent bitmaps of the source too
+    #[arg(long)]
+    bitmaps: bool,
+    /// Leave out bitmaps that can no longer be trusted, instead of failing
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
     /// Requests in flight
     #[arg(short = 'm', long, value_name = "COUNT", default_value_t = 8,
           value_parser = clap::value_parser!(u8).range(1..=16))]
     parallel: u8,
+    /// Bytes per second at most
+    #[arg(short, long, value_name = "RATE")]
+    rate: Option<String>,
+    /// Zeroes in place of what cannot be read, with a warning, instead of failing
+    #[arg(long)]
+    salvage: bool,
+    /// Accepted without effect: let the file system copy
+    #[arg(short = 'C', long)]
+    copy_range_offloading: bool,
     /// Accepted without effect: pieces may always be written out of order
     #[arg(short = 'W', long)]
     oob: bool,
@@ -94,8 +120,11 @@ pub(crate) struct ConvertOptions {
 /// What is fixed before the first byte moves.
 struct Plan {
     sources: Sources,
+    bitmaps: Option<Bitmaps>,
     sparse: u64,
     direct: bool,
+    /// Bytes per second at most; 0: as fast as it goes.
+    rate: u64,
 }
 
 /// Copies.
@@ -109,27 +138,11 @@ pub(crate) async fn run(host: &Host, options: ConvertOptions) -> Answer {
         return Err(Failure::new("Must specify image file name (sources, then the target)"));
     };
     let direct = cache::is_direct(options.target_cache.as_deref(), "cache")?;
-    let sparse = match options.sparse_size.as_deref().map(size::parse) {
-        None => SPARSE,
-        Some(Some(bytes)) => bytes,
-        Some(None) => {
-            let text = "Invalid buffer size for sparse output (-S): a size is expected";
-            return Err(Failure::new(text));
-        }
-    };
-    if let Some(snapshot) = &options.source_snapshot {
-        return Err(Failure::new(format!(
-            "Reading snapshot '{snapshot}' without applying it is not supported: apply it in a \
-             copy of the image and convert that"
-        )));
-    }
-    if options.backing.is_some() && sources.len() > 1 {
-        return Err(Failure::new(
-            "Having a backing file for the target makes no sense when \
-                                 concatenating multiple input images",
-        ));
-    }
-    let plan = Plan { sources: open_sources(host, &options, sources).await?, sparse, direct };
+    let sparse = sparse_size(options.sparse_size.as_deref())?;
+    let rate = options.rate.as_deref().map(rate).transpose()?.unwrap_or(0);
+    check_choices(&options, sources)?;
+    let (sources, bitmaps) = open_sources(host, &options, sources).await?;
+    let plan = Plan { sources, bitmaps, sparse, direct, rate };
     let copied = if options.no_create {
         existing(host, &options, target, &plan).await?
     } else {
@@ -147,23 +160,87 @@ pub(crate) async fn run(host: &Host, options: ConvertOptions) -> Answer {
     Ok(0)
 }
 
+/// Refuses what does not go together.
+fn check_choices(options: &ConvertOptions, sources: &[String]) -> Result<(), Failure> {
+    let several = sources.len() > 1;
+    let offloads = options.copy_range_offloading;
+    let text = if offloads && options.sparse_size.is_some() {
+        "Cannot enable copy offloading when -S is used"
+    } else if offloads && options.compress {
+        "Cannot enable copy offloading when -c is used"
+    } else if offloads && options.salvage {
+        "Cannot use copy offloading in salvaging mode"
+    } else if options.target_image_opts && !options.no_create {
+        "--target-image-opts requires use of -n flag"
+    } else if options.no_create && !options.target_options.is_empty() {
+        "-o has no effect when skipping image creation"
+    } else if options.skip_broken_bitmaps && !options.bitmaps {
+        "Use of --skip-broken-bitmaps requires --bitmaps"
+    } else if options.bitmaps && several {
+        "Copying bitmaps only possible with single source"
+    } else if options.source_snapshot.is_some() && several {
+        "No support for concatenating multiple snapshot"
+    } else if options.backing.is_some() && several {
+        "Having a backing file for the target makes no sense when concatenating multiple input \
+         images"
+    } else {
+        return Ok(());
+    };
+    Err(Failure::new(text))
+}
+
+/// Bytes of zeroes in a row that become a hole.
+fn sparse_size(given: Option<&str>) -> Result<u64, Failure> {
+    let Some(text) = given else { return Ok(SPARSE) };
+    const WRONG: &str = "Invalid buffer size for sparse output specified";
+    match size::parse(text) {
+        Some(bytes) if bytes % 512 == 0 && bytes <= SPARSE_MAX => Ok(bytes),
+        Some(_) => Err(Failure::new(format!(
+            "{WRONG}. Valid sizes are multiples of 512 up to {SPARSE_MAX}. Select 0 to disable \
+             sparse detection (fully allocates output)."
+        ))),
+        None => Err(Failure::new(format!("{WRONG}: '{text}'."))),
+    }
+}
+
+/// Bytes per second.
+fn rate(text: &str) -> Result<u64, Failure> {
+    match size::parse(text) {
+        Some(bytes) if bytes <= SIZE_MAX => Ok(bytes),
+        Some(_) => Err(Failure::new(format!(
+            "Invalid rate limit specified. Must be between 0 and {SIZE_MAX}."
+        ))),
+        None => Err(Failure::new(format!("Invalid rate limit specified: '{text}'."))),
+    }
+}
+
 async fn open_sources(
     host: &Host,
     options: &ConvertOptions,
     files: &[String],
-) -> Result<Sources, Failure> {
+) -> Result<(Sources, Option<Bitmaps>), Failure> {
     let direct = cache::is_direct(options.source_cache.as_deref(), "source cache")?;
+    let snapshot = options.source_snapshot.as_deref().map(snapshot::choice).transpose()?;
+    let mut bitmaps = None;
     let mut nodes = Vec::new();
     for file in files {
         let wanted = Wanted {
             format: options.source_format.as_deref(),
             shared: options.force_share,
             direct,
+            by_options: options.source_image_opts,
+            snapshot: snapshot.as_ref(),
             ..Wanted::default()
         };
         nodes.push(source::open(host, file, wanted).await?);
+        if options.bitmaps {
+            let skips = options.skip_broken_bitmaps;
+            bitmaps = Some(Bitmaps::of(host, file, wanted, skips).await?);
+        }
     }
-    Sources::new(nodes).ok_or_else(|| Failure::new("The sources are too large together"))
+    let sources = Sources::new(nodes);
+    let sources = sources.ok_or_else(|| Failure::new("The sources are too large together"))?;
+    Ok((sources, bitmaps))
 }
 
 /// Copies into a new image.
@@ -203,11 +280,10 @@ async fn existing(
     target: &str,
     plan: &Plan,
 ) -> Result<u64, Failure> {
-    if !options.target_options.is_empty() {
-        return Err(Failure::new("-o has no use with -n: the target exists"));
-    }
+    let by_options = options.target_image_opts;
     let wanted = Wanted {
-        format: Some(&options.target_format),
+        format: (!by_options).then_some(options.target_format.as_str()),
+        by_options,
         writable: true,
         direct: plan.direct,
         ..Wanted::default()
@@ -254,9 +330,14 @@ async fn transfer(
         reads_zero: zeroes.known,
         below: zeroes.below,
         window: usize::from(options.parallel),
+        salvages: options.salvage.then_some(!options.quiet),
+        pace: Pace::new(host, plan.rate),
         progress: Progress::new(plan.sources.total(), options.progress, options.quiet),
     };
     let copied = copy.run().await?;
+    if let Some(bitmaps) = &plan.bitmaps {
+        bitmaps.copy_to(node).await?;
+    }
     let flushed = node.flush(Origin::External).await;
     let what = "error while flushing the target";
     flushed.map_err(|error| Failure::from(error).during(what))?;
@@ -275,6 +356,9 @@ async fn design(
 ) -> Result<Design, Failure> {
     let format = &options.target_format;
     let mut keys = create::new_keys(host, format, &options.target_options)?;
+    if options.bitmaps && (format != "qcow2" || create::is_v2_wanted(&keys)) {
+        return Err(bitmap_copy::unsupported(format));
+    }
     if options.compress && format != "qcow2" {
         return Err(Failure::new("Compression not supported for this file format"));
     }

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use liveblk::engine::buf::Buf;
+use liveblk::engine::executor::Core;
 use liveblk::engine::node::{MapExtent, Origin, Receipt};
 use liveblk::{Host, Node, WriteFlags, ZeroFlags};
 
@@ -65,7 +66,37 @@ pub(crate) struct Copy<'a> {
     pub(crate) below: bool,
     /// Reads in flight, and writes.
     pub(crate) window: usize,
+    /// Zeroes take the place of what cannot be read; whether that is told.
+    pub(crate) salvages: Option<bool>,
+    pub(crate) pace: Pace,
     pub(crate) progress: Progress,
+}
+
+/// A limit of bytes per second.
+pub(crate) struct Pace {
+    core: Core,
+    started: u64,
+    rate: u64,
+}
+
+impl Pace {
+    /// At most `rate` bytes per second from now on; 0: no limit.
+    pub(crate) fn new(host: &Host, rate: u64) -> Self {
+        let core = host.core().clone();
+        Self { started: core.now(), core, rate }
+    }
+
+    /// Waits until `done` bytes may have been written.
+    async fn wait(&self, done: u64) {
+        if self.rate == 0 {
+            return;
+        }
+        let due = u128::from(done) * 1_000_000_000 / u128::from(self.rate);
+        let due = self.started.saturating_add(u64::try_from(due).unwrap_or(u64::MAX));
+        if self.core.now() < due {
+            self.core.sleep_until(due).await;
+        }
+    }
 }
 
 /// What happens with a run of the source.
@@ -102,7 +133,7 @@ impl Copy<'_> {
         // Whatever happened, nothing is left behind in flight.
         let mut result = copied;
         while let Some((at, read)) = flight.reads.pop_front() {
-            let ended = match (read.end().await, &result) {
+            let ended = match (self.bytes_of(read).await, &result) {
                 (Ok(bytes), Ok(())) => self.write(&mut flight, at, bytes).await,
                 (ended, _) => ended.map(drop),
             };
@@ -124,10 +155,7 @@ impl Copy<'_> {
             let mut at = 0;
             while at < size {
                 let end = size.min(at + STEP);
-                let runs = map::whole(node, at, end).await.map_err(|error| {
-                    let text = format!("error while reading block status at offset {at}: {error}");
-                    Failure::new(text)
-                })?;
+                let runs = self.runs_of(node, at, end).await?;
                 for (from, run) in runs {
                     self.copy_run(flight, node, *start, from, run).await?;
                 }
@@ -199,8 +227,36 @@ impl Copy<'_> {
     /// Ends the oldest read and starts its writes.
     async fn advance(&self, flight: &mut Flight) -> Result<(), Failure> {
         let Some((at, read)) = flight.reads.pop_front() else { return Ok(()) };
-        let bytes = read.end().await?;
+        let bytes = self.bytes_of(read).await?;
         self.write(flight, at, bytes).await
+    }
+
+    /// What was read; with zeroes where it could not be, if that is wanted.
+    async fn bytes_of(&self, read: Read) -> Result<Buf, Failure> {
+        match self.salvages {
+            Some(tells) => Ok(read.salvaged(tells).await),
+            None => read.end().await,
+        }
+    }
+
+    /// The map of a part of a source.
+    async fn runs_of(
+        &self,
+        node: &Rc<Node>,
+        at: u64,
+        end: u64,
+    ) -> Result<Vec<(u64, MapExtent)>, Failure> {
+        let error = match map::whole(node, at, end).await {
+            Ok(runs) => return Ok(runs),
+            Err(error) => error,
+        };
+        let text = format!("error while reading block status at offset {at}: {error}");
+        let Some(tells) = self.salvages else { return Err(Failure::new(text)) };
+        if tells {
+            eprintln!("liveblk img: warning: {text}");
+        }
+        // What is known of none of it is looked at byte by byte.
+        Ok(vec![(at, MapExtent { len: end - at, data: true, present: true, ..map::nothing() })])
     }
 
     /// Starts to write what is not zero of `bytes`; makes the rest read as zeroes.
@@ -233,6 +289,7 @@ impl Copy<'_> {
             self.land(flight).await?;
         }
         let len = bytes.len() as u64;
+        self.pace.wait(flight.written).await;
         let flags = WriteFlags { compressed: self.compress, ..WriteFlags::default() };
         let receipt = self.target.write(at, bytes, flags, Origin::External);
         flight.writes.push_back((at, len, receipt));

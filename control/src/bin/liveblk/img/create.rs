@@ -162,12 +162,20 @@ async fn backing(
     keys: &mut Keys,
 ) -> Result<(Option<BackingRef>, Option<u64>), Failure> {
     let format = keys.take_text("backing_fmt");
-    let Some(name) = keys.take_text("backing_file").filter(|name| !name.is_empty()) else {
+    let name = keys.take_text("backing_file");
+    let empty = name.as_ref().is_some_and(String::is_empty);
+    let Some(name) = name.filter(|_| !empty) else {
         return match format {
-            Some(_) => Err(Failure::new("A backing format was given without a backing file")),
+            _ if empty => Err(Failure::new("Expected backing file name, got empty string")),
+            Some(_) => Err(Failure::new("Backing format cannot be used without backing file")),
             None => Ok((None, None)),
         };
     };
+    if name == file {
+        return Err(Failure::new(
+            "Error: Trying to create an image with the same filename as the backing file",
+        ));
+    }
     let driver = host.graph().config().formats.find(&options.format);
     if !driver.is_some_and(|driver| driver.supports_backing()) {
         let format = &options.format;
@@ -191,12 +199,17 @@ async fn backing(
 
 /// What an overlay gets where nothing is said.
 pub(crate) fn overlay_defaults(keys: &mut Keys) {
-    let old = matches!(keys.get("compat"), Some(Value::Text(compat)) if is_v2(compat));
+    let old = is_v2_wanted(keys);
     let small = matches!(keys.get("cluster_size"), Some(Value::Number(bytes)) if *bytes < 16 << 10);
     if !old && !small && keys.get("extended_l2").is_none() {
         keys.set("extended_l2", Value::Switch(true));
         keys.or_set("cluster_size", Value::Number(128 << 10));
     }
+}
+
+/// Whether the options ask for a version 2 image.
+pub(crate) fn is_v2_wanted(keys: &Keys) -> bool {
+    matches!(keys.get("compat"), Some(Value::Text(compat)) if is_v2(compat))
 }
 
 fn is_v2(compat: &str) -> bool {
@@ -284,8 +297,19 @@ impl Design {
         }
         let storage = new.make(host).await?;
         let made = driver.create(host.core().clone(), storage, create).await;
-        made.map_err(|error| new.renamed(Failure::from(error).during(file)))?;
+        made.map_err(|error| new.renamed(self.failed(&error).during(file)))?;
         Ok(sides)
+    }
+
+    /// Why the image could not be made.
+    fn failed(&self, error: &liveblk::Error) -> Failure {
+        // The file system has no such large files, however much space it has.
+        if self.format == "raw" && error.op() == "truncate" && self.size > 1 << 50 {
+            let format = &self.format;
+            let text = format!("The image size is too large for file format '{format}'");
+            return Failure::new(text);
+        }
+        Failure::from(error.clone())
     }
 
     /// What the driver is asked for: the options under their QMP names.
@@ -295,7 +319,7 @@ impl Design {
             backing: self.backing.clone(),
             ..CreateImage::default()
         };
-        for (name, value) in self.keys.iter() {
+        for (name, value) in self.keys.iter().filter(|(name, _)| !keys::HINTS.contains(name)) {
             let typed = match value {
                 Value::Text(text) => InfoValue::Text(text.clone()),
                 Value::Number(number) => InfoValue::Number(*number),
@@ -349,7 +373,9 @@ impl Design {
         } else {
             vec![("size", Some(self.size.to_string())), ("preallocation", text("preallocation"))]
         };
-        all.into_iter().filter_map(|(name, value)| value.map(|value| (name, value))).collect()
+        let hints = keys::HINTS.map(|name| (name, text(name)));
+        let all = all.into_iter().chain(hints);
+        all.filter_map(|(name, value)| value.map(|value| (name, value))).collect()
     }
 
     fn announcement(&self, file: &str) -> String {

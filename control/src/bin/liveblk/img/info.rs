@@ -21,6 +21,9 @@ pub(crate) struct InfoOptions {
     /// Format of the image (needed for raw)
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
+    /// FILE is a list of options, driver=FORMAT,file.filename=PATH,..., instead of a name
+    #[arg(long)]
+    image_opts: bool,
     /// Also show the images below
     #[arg(short, long)]
     backing_chain: bool,
@@ -55,12 +58,14 @@ struct FileFacts {
 pub(crate) async fn run(host: &Host, options: InfoOptions) -> Answer {
     let wanted = Wanted {
         format: options.format.as_deref(),
+        by_options: options.image_opts,
         shared: options.force_share,
         alone: !options.backing_chain,
         ..Wanted::default()
     };
     let node = source::open(host, &options.filename, wanted).await?;
-    let mut images = vec![facts(host, &node, &options.filename).await?];
+    let name = if options.image_opts { node.filename() } else { options.filename.clone() };
+    let mut images = vec![facts(host, &node, &name).await?];
     let mut below = node.backing();
     while let Some(node) = below {
         let name = source::shown(&node.filename());

@@ -18,7 +18,7 @@ enum Kind {
 }
 
 /// The options of each format with the help of each, in the order of the list.
-const QCOW2: [(&str, Kind, &str); 12] = [
+const QCOW2: [(&str, Kind, &str); 14] = [
     ("backing_file", Kind::Text, "File name of a base image"),
     ("backing_fmt", Kind::Text, "Image format of the base image"),
     ("cluster_size", Kind::Size, "Cluster size: a power of two from 512 to 2M"),
@@ -27,15 +27,22 @@ const QCOW2: [(&str, Kind, &str); 12] = [
     ("data_file", Kind::Text, "File name of an external data file"),
     ("data_file_raw", Kind::Switch, "The data file must stay valid as a raw image"),
     ("extended_l2", Kind::Switch, "Subclusters (what overlays get if nothing is said)"),
+    ("extent_size_hint", Kind::Size, "Accepted without effect"),
     ("lazy_refcounts", Kind::Switch, "Postpone refcount updates"),
+    ("nocow", Kind::Switch, "Accepted without effect"),
     ("preallocation", Kind::Text, "off, metadata, falloc or full"),
     ("refcount_bits", Kind::Number, "Width of a refcount: 1, 2, 4, 8, 16, 32 or 64"),
     ("size", Kind::Size, "Virtual disk size"),
 ];
-const RAW: [(&str, Kind, &str); 2] = [
+const RAW: [(&str, Kind, &str); 4] = [
+    ("extent_size_hint", Kind::Size, "Accepted without effect"),
+    ("nocow", Kind::Switch, "Accepted without effect"),
     ("preallocation", Kind::Text, "off, falloc or full"),
     ("size", Kind::Size, "Virtual disk size"),
 ];
+
+/// Options of the peer's that only advise the file system, in the order in which they are shown.
+pub(crate) const HINTS: [&str; 2] = ["nocow", "extent_size_hint"];
 
 /// A typed value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +78,7 @@ fn table(format: &str) -> &'static [(&'static str, Kind, &'static str)] {
 
 /// The list of options of `format`, for `-o help`.
 pub(crate) fn help(format: &str) -> String {
-    let mut text = String::from("Supported options:\n");
+    let mut text = format!("Supported {format} options:\n");
     for (name, kind, about) in table(format) {
         let kind = match kind {
             Kind::Text => "<str>",
@@ -105,8 +112,17 @@ impl Keys {
                 },
             };
             let found = table(format).iter().find(|(known, ..)| *known == name);
+            if found.is_none() && name.starts_with("encrypt") {
+                return Err(Failure::new(format!(
+                    "Encrypted images are not supported (option '{name}')"
+                )));
+            }
             let Some((name, kind, _)) = found else {
-                return Err(Failure::new(format!("Invalid parameter '{name}'")));
+                let hint = match nearest(format, name) {
+                    Some(known) => format!(" (did you mean '{known}'?)"),
+                    None => String::new(),
+                };
+                return Err(Failure::new(format!("Invalid parameter '{name}'{hint}")));
             };
             keys.0.insert(name, typed(name, *kind, value)?);
         }
@@ -156,6 +172,29 @@ fn knows(format: &str, name: &str) -> bool {
     table(format).iter().any(|(known, kind, _)| *known == name && *kind == Kind::Switch)
 }
 
+/// The option that somebody may have meant by `name`: at most two letters are wrong.
+fn nearest(format: &str, name: &str) -> Option<&'static str> {
+    let known = table(format).iter().map(|(known, ..)| (distance(known, name), *known));
+    known.filter(|(wrong, _)| *wrong <= 2 && name.len() > 3).min().map(|(_, known)| known)
+}
+
+/// How many letters must be changed, added or left out to make one word of the other.
+fn distance(one: &str, other: &str) -> usize {
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (index, letter) in one.bytes().enumerate() {
+        let mut before = index;
+        let mut next = vec![index + 1];
+        for (right, (up, found)) in row.iter().skip(1).zip(other.bytes()).enumerate() {
+            let left = next.get(right).copied().unwrap_or(0);
+            let here = (before + usize::from(found != letter)).min(up + 1).min(left + 1);
+            before = *up;
+            next.push(here);
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or(0)
+}
+
 fn typed(name: &str, kind: Kind, value: &str) -> Result<Value, Failure> {
     let wrong = |what: &str| Err(Failure::new(format!("Parameter '{name}' expects {what}")));
     match kind {
@@ -180,7 +219,7 @@ fn typed(name: &str, kind: Kind, value: &str) -> Result<Value, Failure> {
 }
 
 /// The parts between single commas; a double comma is one comma of a value.
-fn split(text: &str) -> Vec<String> {
+pub(crate) fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut letters = text.chars().peekable();
     while let Some(letter) = letters.next() {
@@ -230,6 +269,19 @@ mod tests {
             assert!(error.contains(part), "{text}: {error}");
         }
         assert!(Keys::parse("raw", &["cluster_size=1".to_owned()]).is_err());
+        let near = [
+            ("cluster_sze=4k", "(did you mean 'cluster_size'?)"),
+            ("cluster-size=4k", "(did you mean 'cluster_size'?)"),
+            ("lazyrefcounts=on", "(did you mean 'lazy_refcounts'?)"),
+            ("encryption=on", "Encrypted images are not supported (option 'encryption')"),
+        ];
+        for (text, part) in near {
+            let error = parse(text).expect_err(text).text;
+            assert!(error.ends_with(part), "{text}: {error}");
+        }
+        assert_eq!(distance("kitten", "sitting"), 3);
+        let far = parse("clusters=1").expect_err("unknown").text;
+        assert_eq!(far, "Invalid parameter 'clusters'");
         assert!(wants_help(&["size=1,help".to_owned()]) && wants_help(&["?".to_owned()]));
     }
 }

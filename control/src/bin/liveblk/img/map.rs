@@ -20,6 +20,9 @@ pub(crate) struct MapOptions {
     /// Format of the image (needed for raw)
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
+    /// FILE is a list of options, driver=FORMAT,file.filename=PATH,..., instead of a name
+    #[arg(long)]
+    image_opts: bool,
     /// First byte
     #[arg(short, long, value_name = "OFFSET")]
     start_offset: Option<String>,
@@ -41,6 +44,7 @@ pub(crate) async fn run(host: &Host, options: MapOptions) -> Answer {
     let most = number("max length", options.max_length.as_deref())?.unwrap_or(SIZE_MAX);
     let wanted = Wanted {
         format: options.format.as_deref(),
+        by_options: options.image_opts,
         shared: options.force_share,
         ..Wanted::default()
     };
@@ -125,7 +129,7 @@ fn file_of(node: &Rc<Node>, depth: u32) -> String {
 }
 
 /// What is told of a range behind the end.
-const fn nothing() -> MapExtent {
+pub(crate) const fn nothing() -> MapExtent {
     MapExtent {
         len: 0,
         depth: 0,

@@ -7,6 +7,7 @@
 
 mod arguments;
 mod bitmap;
+mod bitmap_copy;
 mod cache;
 mod check;
 mod compare;

@@ -11,8 +11,12 @@ use super::failure::Failure;
 /// Bytes of one read.
 pub(crate) const UNIT: u64 = 1 << 20;
 
+/// Bytes of what is given up as one where something cannot be read.
+const SECTOR: u64 = 512;
+
 /// A read that was started.
 pub(crate) struct Read {
+    node: Rc<Node>,
     at: u64,
     bytes: Buf,
     receipt: Option<Receipt>,
@@ -26,7 +30,7 @@ pub(crate) fn read(host: &Host, node: &Rc<Node>, at: u64, len: u64) -> Read {
     bytes.slice(inside..len).fill(0);
     let part = bytes.slice(0..inside);
     let receipt = (inside > 0).then(|| node.read(at, part, Origin::External));
-    Read { at, bytes, receipt }
+    Read { node: Rc::clone(node), at, bytes, receipt }
 }
 
 impl Read {
@@ -41,6 +45,28 @@ impl Read {
             })?;
         }
         Ok(self.bytes)
+    }
+
+    /// The bytes, read sector by sector if they cannot be read at once; a sector that cannot be
+    /// read is zeroes, with a warning if `tells`.
+    pub(crate) async fn salvaged(self, tells: bool) -> Buf {
+        let Some(receipt) = self.receipt else { return self.bytes };
+        if receipt.await.is_ok() {
+            return self.bytes;
+        }
+        let len = self.bytes.len() as u64;
+        let inside = self.node.size().saturating_sub(self.at).min(len);
+        for (at, len) in split(self.at, inside, SECTOR) {
+            let start = length(at - self.at);
+            let part = self.bytes.slice(start..start + length(len));
+            if let Err(error) = self.node.read(at, part.clone(), Origin::External).await {
+                if tells {
+                    eprintln!("liveblk img: warning: error while reading offset {at}: {error}");
+                }
+                part.fill(0);
+            }
+        }
+        self.bytes
     }
 }
 

@@ -22,6 +22,9 @@ pub(crate) struct ResizeOptions {
     /// Format of the image (needed for raw)
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
+    /// FILE is a list of options, driver=FORMAT,file.filename=PATH,..., instead of a name
+    #[arg(long)]
+    image_opts: bool,
     /// Allow the image to become smaller; what lies behind the new end is lost
     #[arg(long)]
     shrink: bool,
@@ -58,7 +61,12 @@ pub(crate) async fn run(host: &Host, options: ResizeOptions) -> Answer {
             )));
         }
     };
-    let wanted = Wanted { format: options.format.as_deref(), writable: true, ..Wanted::default() };
+    let wanted = Wanted {
+        format: options.format.as_deref(),
+        by_options: options.image_opts,
+        writable: true,
+        ..Wanted::default()
+    };
     let node = source::open(host, &options.filename, wanted).await?;
     let old = node.size();
     let new = match wish {
@@ -69,11 +77,10 @@ pub(crate) async fn run(host: &Host, options: ResizeOptions) -> Answer {
     let Some(new) = new.filter(|bytes| *bytes > 0 && *bytes <= SIZE_MAX) else {
         return Err(Failure::new("New image size must be positive"));
     };
-    let new = source::sectors(new);
     if new < old && !options.shrink {
         return Err(Failure::new(
-            "Use the --shrink option to perform a shrink operation.\nwarning: Shrinking an image \
-             will delete all data beyond the shrunken image's end. Before performing such an \
+            "Use the --shrink option to perform a shrink operation.\nliveblk img: warning: \
+             Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an \
              operation, make sure there is no important data there.",
         ));
     }

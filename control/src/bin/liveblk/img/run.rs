@@ -19,7 +19,14 @@ pub(crate) fn run(options: ImgOptions) -> ExitCode {
     if matches!(options.verb, ImgVerb::Create(_) | ImgVerb::Convert(_)) {
         newfile::watch_signals();
     }
-    match on_engine(policy, options.verb) {
+    let answer = match options.object.is_empty() {
+        true => on_engine(policy, options.verb),
+        false => Err(Failure::new(
+            "--object has no use here: objects hold the secrets of encrypted images, and \
+             encrypted images are not supported",
+        )),
+    };
+    match answer {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
             eprintln!("liveblk img: {}", failure.text);

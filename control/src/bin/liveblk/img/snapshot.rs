@@ -4,11 +4,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use liveblk::Host;
-use liveblk::engine::format::SnapshotInfo;
+use liveblk::engine::format::{SnapshotChoice, SnapshotInfo};
 use serde_json::{Value, json};
 
 use super::arguments::Output;
 use super::failure::{Answer, Failure};
+use super::keys;
 use super::size;
 use super::source::{self, Wanted};
 
@@ -22,6 +23,9 @@ pub(crate) struct SnapshotOptions {
     /// Format of the image (needed for raw)
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
+    /// FILE is a list of options, driver=FORMAT,file.filename=PATH,..., instead of a name
+    #[arg(long)]
+    image_opts: bool,
     /// List them (what is done if nothing is said)
     #[arg(short, long)]
     list: bool,
@@ -51,6 +55,7 @@ pub(crate) async fn run(host: &Host, options: SnapshotOptions) -> Answer {
     }
     let wanted = Wanted {
         format: options.format.as_deref(),
+        by_options: options.image_opts,
         writable: changes,
         shared: options.force_share,
         alone: true,
@@ -62,7 +67,7 @@ pub(crate) async fn run(host: &Host, options: SnapshotOptions) -> Answer {
         let list = snapshots.map(|held| held.list()).unwrap_or_default();
         if options.output.is_json() {
             println!("{:#}", list.iter().map(json).collect::<Value>());
-        } else if !list.is_empty() && !options.quiet {
+        } else if !list.is_empty() {
             println!("{}", table(&list));
         }
         return Ok(0);
@@ -101,6 +106,32 @@ fn now(name: &str, disk_size: u64) -> SnapshotInfo {
         disk_size,
         ..SnapshotInfo::default()
     }
+}
+
+/// The snapshot that `-l` of `convert` names: an id or a name, or both in the long form
+/// `snapshot.id=ID,snapshot.name=NAME`.
+///
+/// # Errors
+/// Which parameter of the long form is unknown.
+pub(crate) fn choice(text: &str) -> Result<SnapshotChoice, Failure> {
+    if !text.starts_with("snapshot.") {
+        return Ok(SnapshotChoice::Text(text.to_owned()));
+    }
+    let (mut id, mut name) = (None, None);
+    for part in keys::split(text) {
+        match part.split_once('=') {
+            Some(("snapshot.id", value)) => id = Some(value.to_owned()),
+            Some(("snapshot.name", value)) => name = Some(value.to_owned()),
+            found => {
+                let key = found.map_or(part.as_str(), |(key, _)| key);
+                return Err(Failure::new(format!(
+                    "Invalid parameter '{key}'\nFailed in parsing snapshot param '{text}' (there \
+                     are snapshot.id and snapshot.name)"
+                )));
+            }
+        }
+    }
+    Ok(SnapshotChoice::Exact { id, name })
 }
 
 /// A snapshot in the peer's JSON shape.
@@ -170,6 +201,27 @@ fn date(seconds: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_snapshot_is_chosen_by_one_text_or_by_id_and_name() {
+        let text = |text: &str| Some(text.to_owned());
+        let all = [
+            ("s1", SnapshotChoice::Text("s1".to_owned())),
+            ("", SnapshotChoice::Text(String::new())),
+            ("snapshot.id=1", SnapshotChoice::Exact { id: text("1"), name: None }),
+            (
+                "snapshot.id=1,snapshot.name=a,,b",
+                SnapshotChoice::Exact { id: text("1"), name: text("a,b") },
+            ),
+        ];
+        for (given, wanted) in all {
+            assert_eq!(choice(given), Ok(wanted), "{given}");
+        }
+        for (given, named) in [("snapshot.foo=7", "'snapshot.foo'"), ("snapshot.", "'snapshot.'")] {
+            let text = choice(given).expect_err(given).text;
+            assert!(text.starts_with(&format!("Invalid parameter {named}\n")), "{text}");
+        }
+    }
 
     #[test]
     fn dates_are_those_of_the_calendar() {

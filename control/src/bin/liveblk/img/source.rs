@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::rc::Rc;
 
+use liveblk::engine::format::SnapshotChoice;
 use liveblk::engine::graph::FileSource;
 use liveblk::engine::storage::{File, FileOptions};
-use liveblk::{BackingSource, Host, Node, OpenNode};
+use liveblk::{BackingSource, ErrorKind, Host, HostError, Node, OpenNode};
+use liveblk_control::backend::ImageOpts;
 
 use super::failure::Failure;
 
@@ -22,6 +24,10 @@ pub(crate) struct Wanted<'a> {
     pub(crate) direct: bool,
     /// Without what lies below.
     pub(crate) alone: bool,
+    /// What names it are options (`--image-opts`), not a file name.
+    pub(crate) by_options: bool,
+    /// As it was at this snapshot inside it.
+    pub(crate) snapshot: Option<&'a SnapshotChoice>,
 }
 
 /// Opens the image `file`.
@@ -29,21 +35,70 @@ pub(crate) struct Wanted<'a> {
 /// # Errors
 /// "Could not open 'file': " and why.
 pub(crate) async fn open(host: &Host, file: &str, wanted: Wanted<'_>) -> Result<Rc<Node>, Failure> {
-    let format = format_of(host, file, wanted.format).await?;
-    let mut spec = OpenNode::new(&format, file);
-    spec.writable = wanted.writable;
-    spec.force_share = wanted.shared && !wanted.writable;
+    let share = wanted.shared && !wanted.writable;
+    let (format, mut spec) = match wanted.by_options {
+        true => by_options(host, file, wanted, share).await?,
+        false => {
+            let format = format_of(host, file, wanted.format).await?;
+            let mut spec = OpenNode::new(&format, file);
+            spec.writable = wanted.writable;
+            spec.force_share = share;
+            (format, spec)
+        }
+    };
     spec.bitmaps = false;
-    spec.options.direct = wanted.direct;
+    spec.options.direct |= wanted.direct;
     spec.options.discard_unmap = true;
     spec.monitor_owned = true;
     if wanted.alone {
         spec.backing = BackingSource::None;
     }
     if let FileSource::Open(held) = &mut spec.file {
-        held.no_locking = wanted.shared && !wanted.writable;
+        held.no_locking |= share;
     }
-    host.open(spec).await.map_err(|error| Failure::open(file, &error))
+    spec.snapshot = wanted.snapshot.cloned();
+    host.open(spec).await.map_err(|error| match &error {
+        HostError::Engine(error) if error.op() == "open a snapshot" => {
+            let cause: &dyn std::fmt::Display = match error.kind() {
+                ErrorKind::NotFound => &"Can't find snapshot",
+                ErrorKind::Unsupported => &format!(
+                    "Block format '{format}' used by device '' does not support temporarily \
+                     loading internal snapshots"
+                ),
+                _ => error,
+            };
+            Failure::new(format!("Failed to load snapshot: {cause}"))
+        }
+        _ => Failure::open(file, &error),
+    })
+}
+
+/// The image that options name.
+async fn by_options(
+    host: &Host,
+    text: &str,
+    wanted: Wanted<'_>,
+    share: bool,
+) -> Result<(String, OpenNode), Failure> {
+    let opts = named_by(text, wanted.format)?;
+    let format = match (opts.driver(), opts.filename()) {
+        (Some("file"), _) => "file".to_owned(),
+        (None, Some(filename)) => format_of(host, filename, None).await?,
+        (driver, _) => format_of(host, text, Some(driver.unwrap_or("raw"))).await?,
+    };
+    let spec = opts.open(&format, !wanted.writable, share);
+    Ok((format, spec.map_err(|cause| Failure::open(text, &cause))?))
+}
+
+/// The options of an image; `format` is what was said beside them.
+///
+/// # Errors
+/// If they cannot be read, or a format was said as well.
+pub(crate) fn named_by(text: &str, format: Option<&str>) -> Result<ImageOpts, Failure> {
+    if format.is_some() {
+        return Err(Failure::new("--image-opts and --format are mutually exclusive"));
+    }
+    ImageOpts::parse(text).map_err(|cause| Failure::open(text, &cause))
 }
 
 /// The format of `file`: what the caller says, else what the file proves. raw is never guessed.
