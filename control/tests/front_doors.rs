@@ -241,7 +241,7 @@ fn the_largest_tables_open_at_each_door_in_bounded_memory() {
     let cluster = 1_u64 << 16;
     let l1 = std::fs::read(&image).unwrap().len().next_multiple_of(1 << 16) as u64;
     let first = l1 + (32 << 20);
-    let entries = (0..4_u64 << 20).map(|index| first + index * cluster | 1 << 63);
+    let entries = (0..4_u64 << 20).map(|index| (first + index * cluster) | (1 << 63));
     let table: Vec<u8> = entries.flat_map(u64::to_be_bytes).collect();
     set(&image, 36, &[0, 0x40, 0, 0]);
     set(&image, 40, &l1.to_be_bytes());
