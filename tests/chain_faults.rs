@@ -181,7 +181,8 @@ fn each_operation_may_fail_and_nothing_is_lost_or_left_in_use() {
                     assert_eq!(rig::first_difference(&seen, &wanted), None, "{work:?}");
                     let jobs = report(&core).into_iter().filter(|line| line.contains("Job {"));
                     assert_eq!(jobs.collect::<Vec<_>>(), Vec::<String>::new());
-                    if !(succeeded && work == Work::Active) {
+                    // An image that lost a write cannot be left clean.
+                    if errno == ENOSPC && !(succeeded && work == Work::Active) {
                         assert!(!chain.node(0).is_writable(), "{:?}", report(&core));
                     }
                     (succeeded, at)

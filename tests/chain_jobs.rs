@@ -12,8 +12,8 @@ use std::rc::Rc;
 use chains::{Chain, Layer, open, report};
 use liveblk_engine::node::{Node, StatusKind};
 use liveblk_jobs::{
-    CommitSpec, JobManager, JobOptions, Status, StreamSpec, StreamTo, Verb, start_commit,
-    start_stream,
+    BackupSpec, CommitSpec, JobManager, JobOptions, NewImageMode, SnapshotFile, Status, StreamSpec,
+    StreamTo, SyncMode, Verb, snapshot_file, start_backup, start_commit, start_stream,
 };
 use rig::{Events, Log, content, disk, first_difference};
 
@@ -225,6 +225,62 @@ fn a_cancelled_job_leaves_the_chain_as_it_is_seen_and_nothing_in_use() {
             assert_eq!(first_difference(&content(&d).await, &now), None);
             drop(open(&core));
             chain.reopen_and_compare(&now, guest).await;
+        });
+    }
+}
+
+/// What is well defined runs: a snapshot, a backup and a mirror of the node that is filled.
+#[test]
+fn other_jobs_and_a_snapshot_of_the_node_run_beside_a_stream() {
+    for seed in 130..142 {
+        let mut sim = rig::world(seed);
+        sim.block_on(0, |core| async move {
+            let chain = Chain::make(&core, &Layer::usual(seed), true).await;
+            let d = chain.top();
+            let first = content(&d).await;
+            let (log, guest) = (Log::new(), disk(&d));
+            let guests = log.guests(&core, 0, &guest, 2);
+            let slow = JobOptions { speed: 4 << 20, ..rig::options("j") };
+            let spec = StreamSpec { job: slow, ..stream(&d, StreamTo::End) };
+            start_stream(spec).await.expect("it starts");
+            core.sleep(core.random() % 1_000_000).await;
+            if seed % 2 == 0 {
+                let snapshot = SnapshotFile {
+                    node: "n3".into(),
+                    file: "/over.img".into(),
+                    overlay: Some("over".into()),
+                    format: "qcow2".into(),
+                    mode: NewImageMode::AbsolutePaths,
+                };
+                snapshot_file(&core, core.id(), snapshot).await.expect("it is taken");
+                assert_eq!(&*guest.node_name(), "over");
+            } else {
+                let target = chains::fresh(&core, "target").await;
+                let spec = BackupSpec {
+                    job: rig::options("b"),
+                    source: d.clone(),
+                    target: target.clone(),
+                    sync: SyncMode::Full,
+                    allow_larger_target: false,
+                    compress: false,
+                };
+                let from = core.now();
+                start_backup(spec).await.expect("it starts");
+                let to = core.now();
+                rig::gone(&core, "b").await;
+                let copy = content(&target).await;
+                log.prove_instant(&[(0, &first, &copy)], from, to);
+            }
+            let manager = JobManager::of(&core);
+            manager.set_speed("j", 0).expect("it runs");
+            rig::gone(&core, "j").await;
+            core.sleep(1_000_000).await;
+            guests.stop().await;
+            assert_eq!(log.failures.get(), 0);
+            assert!(d.backing().is_none(), "the stream stayed on its node");
+            assert_eq!(d.is_writable(), seed % 2 != 0, "{:?}", report(&core));
+            let now = log.model(0, &first);
+            assert_eq!(first_difference(&content(&guest.node()).await, &now), None);
         });
     }
 }

@@ -50,7 +50,8 @@ async fn open(host: &Host, chain: &[PathBuf]) -> Result<Rc<Node>, HostError> {
             below.take().map_or(BackingSource::None, |below| BackingSource::Open(Box::new(below)));
         below = Some(spec);
     }
-    host.open(below.expect("a chain has an image").named("disk")).await
+    let name = format!("disk{}", chain.len());
+    host.open(below.expect("a chain has an image").named(&name)).await
 }
 
 /// Writes `len` bytes at `at`.

@@ -4,8 +4,8 @@
 //! file for a new bitmap, the mark that the file is behind); a later action sees the bitmaps that
 //! an earlier one adds, and a bitmap that is to be removed is busy; (2) swap, inside the cut and in
 //! the order of the list: the changes themselves, at the same instant as snapshots and the starts
-//! of backups; (3) finish: removed bitmaps are taken out of their files. Abort before (2) takes what
-//! was added away again and leaves everything else as it was, in memory and in the files.
+//! of backups; (3) finish: removed bitmaps are taken out of their files. Abort before (2) takes
+//! what was added away again and leaves everything else as it was, in memory and in the files.
 
 use std::rc::Rc;
 

@@ -22,7 +22,7 @@ use liveblk_engine::node::{KeptWritable, Node, Permissions, Role, User, UserGuar
 use crate::copy::Copy;
 use crate::error::{JobError, Result};
 use crate::job::Job;
-use crate::limits::{LANDING_WAIT_NS, RETIRE_WAIT_NS, UNHOOK_WAIT_NS};
+use crate::limits::{FINISH_TRIES, RETIRE_WAIT_NS, SECTION_WAIT_NS};
 use crate::manager::JobManager;
 use crate::start::LastStep;
 
@@ -37,7 +37,7 @@ struct Held {
     uses: Vec<UserGuard>,
     /// Overlays whose need of their backing node the job vouches for.
     vouched: Vec<Rc<Node>>,
-    writable: Vec<KeptWritable>,
+    writable: Vec<(Rc<Node>, KeptWritable)>,
 }
 
 impl Section {
@@ -68,7 +68,7 @@ impl Section {
     /// Makes `node` writable for as long as the section is held.
     pub(crate) async fn keep_writable(&self, node: &Rc<Node>) -> Result<()> {
         let kept = node.keep_writable().await?;
-        self.held.borrow_mut().writable.push(kept);
+        self.held.borrow_mut().writable.push((Rc::clone(node), kept));
         Ok(())
     }
 
@@ -98,9 +98,17 @@ impl Held {
         for overlay in self.vouched {
             graph.set_backing_permissions(&overlay, Permissions::of_overlay());
         }
-        for kept in self.writable {
-            if let Err(error) = kept.end().await {
-                tracing::warn!(%error, "a node of an ended job is still writable");
+        for (node, kept) in self.writable {
+            let mut ended = kept.end().await;
+            for _ in 1..FINISH_TRIES {
+                if ended.is_ok() {
+                    break;
+                }
+                ended = node.set_writable(false).await;
+            }
+            if let Err(error) = ended {
+                // What it did not take cannot be forgotten; nobody writes to it any more.
+                tracing::warn!(node = %node.name(), %error, "a node is still writable");
             }
         }
     }
@@ -149,10 +157,10 @@ pub(crate) async fn with_section(
         copy.kill();
         let job = copy.job();
         let landed = job.changed().until(|| copy.has_landed());
-        if let Either::First(()) = select(landed, job.core().sleep(LANDING_WAIT_NS)).await {
+        if let Either::First(()) = select(landed, job.core().sleep(SECTION_WAIT_NS)).await {
             let core = job.core().clone();
             let end = core.spawn(Class::Background, async move { section.end().await });
-            let _: Either<(), ()> = select(end, core.sleep(UNHOOK_WAIT_NS)).await;
+            let _: Either<(), ()> = select(end, core.sleep(SECTION_WAIT_NS)).await;
         }
     }
     result

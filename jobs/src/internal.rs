@@ -89,7 +89,7 @@ impl PreparedInternal {
         if let Some(taken) = self.taken
             && let Err(error) = self.held.delete(&taken.id).await
         {
-            tracing::warn!(%error, snapshot = %taken.name, "a snapshot of a failed transaction stays");
+            tracing::warn!(%error, name = %taken.name, "a snapshot that failed in part stays");
         }
     }
 }

@@ -5,7 +5,7 @@
 //! - [`event`], [`error`], [`spec`], [`limits`]: what goes in and out;
 //! - `copy`: the one copy loop;
 //! - [`mirror`], [`backup`], [`stream`], [`commit`]: jobs, policy over that loop;
-//! - [`snapshot`], [`internal`], [`transaction`]: changes of the graph, atomic over disks and cores;
+//! - [`snapshot`], [`internal`], [`transaction`]: changes that are atomic over disks and cores;
 //! - [`bitmaps`]: changes of dirty bitmaps in transactions;
 //! - [`manager`]: ids, verbs, queries, how jobs end together.
 //!

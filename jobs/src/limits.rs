@@ -68,3 +68,7 @@ pub const SECTION_GRANULE_MIN: u64 = 4 << 10;
 /// Nanoseconds that the end of a job waits for requests on old paths; after that the layers that
 /// are not needed any more are closed when those requests are over.
 pub const RETIRE_WAIT_NS: u64 = 5_000_000_000;
+
+/// Nanoseconds that a failed job on a chain waits for its copies, and then for its nodes to become
+/// what they were, before it says so; after that they do so in the background.
+pub const SECTION_WAIT_NS: u64 = 90_000_000;

@@ -117,8 +117,8 @@ impl JobManager {
     /// The job that works on a section of a chain which `node` is in.
     pub(crate) fn section_user(&self, node: NodeId) -> Option<Kind> {
         let jobs = self.jobs.borrow();
-        let at_work = jobs.iter().filter(|job| job.status() < Status::Concluded);
-        let found = at_work.filter(|job| job.section_has(node)).next();
+        let mut at_work = jobs.iter().filter(|job| job.status() < Status::Concluded);
+        let found = at_work.find(|job| job.section_has(node));
         found.map(|job| job.kind())
     }
 

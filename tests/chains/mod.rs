@@ -236,3 +236,21 @@ pub fn report(core: &Core) -> Vec<String> {
 pub fn open(core: &Core) -> Vec<String> {
     Graph::of(core).nodes().iter().map(|node| node.filename()).collect()
 }
+
+/// A new, empty image of the disk's size, open.
+pub async fn fresh(core: &Core, name: &str) -> Rc<Node> {
+    let path = format!("/{name}.img");
+    let options = FileOptions {
+        path: path.clone().into(),
+        writable: true,
+        create_new: true,
+        ..FileOptions::default()
+    };
+    let file = File::open(core, options).await.expect("a new file");
+    let driver = liveblk_formats::registry().find("qcow2").expect("known");
+    let create = CreateImage { size: SIZE, ..CreateImage::default() };
+    driver.create(core.clone(), Storage::File(file), create).await.expect("an image");
+    let mut spec = OpenNode::new("qcow2", path).named(name);
+    spec.backing = BackingSource::None;
+    Graph::of(core).open(spec).await.expect("it opens")
+}

@@ -145,6 +145,27 @@ async def disjoint_sections(chain):
 pair(disjoint_sections, numbers=False)
 
 
+async def no_space_ends_the_job(chain):
+    await chain.job("block-stream", device="d", on_error="report")
+    return await chain.nodes()
+
+pair(no_space_ends_the_job, numbers=False, small="d")
+
+
+async def no_space_stops_the_job_until_it_is_cancelled(chain):
+    await chain.cmd("block-stream", job_id="j", device="d", on_error="enospc")
+    await chain.daemon.wait_event("BLOCK_JOB_ERROR", device="j", action="stop")
+    await chain.daemon.wait_event("JOB_STATUS_CHANGE", id="j", status="paused")
+    (job,) = await chain.daemon.cmd("query-block-jobs", recorded=False)
+    told = job["io-status"], job["paused"], job["status"]
+    refused = await chain.refused("block-job-cancel", device="j")
+    await chain.cmd("job-cancel", id="j")
+    await chain.daemon.job_gone("j")
+    return told, refused, await chain.nodes()
+
+pair(no_space_stops_the_job_until_it_is_cancelled, numbers=False, small="d")
+
+
 @case("ours")
 async def a_query_between_concluded_and_dismissed_is_answered(world):
     """The peer dies here (SIGSEGV, measured with 10.0.2)."""

@@ -66,8 +66,8 @@ impl Control {
         found.map_err(|_| BitmapError::NodeNotFound(name.to_owned()).into())
     }
 
-    /// The bitmaps that `references` name, those without a node on `node`, looked up and checked one
-    /// after the other as by the peer.
+    /// The bitmaps that `references` name, those without a node on `node`, looked up and checked
+    /// one after the other as by the peer.
     fn bitmap_sources(
         &self,
         node: &Rc<Node>,

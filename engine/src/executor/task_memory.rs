@@ -22,8 +22,8 @@ pub(super) struct TaskMemory {
 
 enum Stage<F: Future> {
     Running(F),
-    Done(F::Output),
-    Empty,
+    /// `None`: the output was taken.
+    Done(Option<F::Output>),
 }
 
 struct Vtable {
@@ -62,7 +62,7 @@ impl<F: Future> Of<F> {
         let future = unsafe { Pin::new_unchecked(future) };
         match future.poll(context) {
             Poll::Ready(output) => {
-                *stage = Stage::Done(output);
+                *stage = Stage::Done(Some(output));
                 true
             }
             Poll::Pending => false,
@@ -74,9 +74,10 @@ impl<F: Future> Of<F> {
     unsafe fn take(memory: NonNull<u8>, output: *mut u8) {
         // SAFETY: as in `poll`; the task is done, so nothing is pinned any more.
         let stage = unsafe { memory.cast::<Stage<F>>().as_mut() };
-        if let Stage::Done(value) = std::mem::replace(stage, Stage::Empty) {
+        // The output alone is moved: a stage is as large as its future.
+        if let Stage::Done(value) = stage {
             // SAFETY: the caller's pointer is valid for an Option<F::Output>.
-            unsafe { output.cast::<Option<F::Output>>().write(Some(value)) };
+            unsafe { output.cast::<Option<F::Output>>().write(value.take()) };
         }
     }
 

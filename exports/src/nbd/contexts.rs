@@ -205,8 +205,10 @@ mod tests {
     #[test]
     fn queries_pick_whole_names_and_lists_take_their_starts() {
         let offer = ContextOffer { depth: true, bitmaps: Rc::new([]) };
-        let pick =
-            |list, queries: &[&str]| offer.pick(list, queries.iter().map(|query| query.as_bytes()));
+        let pick = |list, queries: &[&str]| {
+            let queries: Vec<_> = queries.iter().map(|query| query.as_bytes()).collect();
+            offer.pick(list, &queries)
+        };
         let both = [Context::Allocation, Context::Depth];
         assert_eq!(pick(true, &[]), both);
         assert_eq!(pick(false, &[]), []);

@@ -2,8 +2,8 @@
 //!
 //! A task of the image wakes after each interval, as long as there is something in the caches, and
 //! forgets the clean slices that were not used since it last woke; when none is left it ends, and
-//! the next slice that is loaded or written out starts it again. Dirty slices and those that pending writes need
-//! stay. The task keeps no image open.
+//! the next slice that is loaded or written out starts it again. Dirty slices and those that
+//! pending writes need stay. The task keeps no image open.
 
 use std::rc::Rc;
 

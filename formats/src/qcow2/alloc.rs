@@ -197,7 +197,8 @@ impl Image {
     }
 
     /// Reserves clusters at the end of the file, with refcount blocks and a larger refcount table
-    /// where needed. The run may be shorter than `want` where a new block interrupts it.
+    /// where needed. The run may be shorter than `want` where a new block interrupts it; it is
+    /// longer, for the writes that follow, as far as that loads nothing.
     async fn extend(self: &Rc<Self>, want: u64) -> Result<()> {
         let entries = self.geometry.block_entries();
         loop {
@@ -216,9 +217,13 @@ impl Image {
                 continue;
             }
             let mut run = Run { start: at, count: 0 };
-            while run.count < want && (at.0 + run.count) / entries == block {
+            let most = want.max(ALLOC_CLUSTERS_BATCH);
+            while run.count < most && (at.0 + run.count) / entries == block {
                 let next = at.plus(run.count);
                 let (slice, _) = self.state.borrow().ref_position(next);
+                if run.count >= want && !self.state.borrow().refs.contains(slice) {
+                    break;
+                }
                 self.load_ref_slice(slice).await?;
                 if !self.state.borrow().is_free(next) {
                     break;

@@ -355,7 +355,7 @@ impl Image {
         // What was read while nothing could change is read again, and looked at more closely.
         let name = self.filename.to_string_lossy();
         let mut header = read_header(&self.core, &self.storage).await?;
-        header.geometry = self.geometry;
+        header.geometry.slice_bits = self.geometry.slice_bits;
         let state = load_state(&self.core, &self.storage, header, &self.options, &name).await?;
         *self.state.borrow_mut() = state;
         self.load_directory().await?;

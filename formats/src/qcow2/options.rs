@@ -84,7 +84,8 @@ pub struct Options {
     pub pass_other: bool,
     /// What guests discard stays allocated where it is (`discard-no-unref`).
     pub no_unref: bool,
-    /// Overrides the image's own wish for refcounts that may be stale while it is in use.
+    /// Overrides the image's own wish for refcounts that may be stale while it is in use. A
+    /// permission that is never used: refcounts are never late here, so the dirty bit is never set.
     pub lazy_refcounts: Option<bool>,
     /// Bytes of cached L2 slices at most.
     pub l2_cache: u64,

@@ -2,8 +2,8 @@
 //!
 //! Order: (1) the unlink is durable (`flush` moves the cluster into quarantine and retires the
 //! epoch); (2) every lease of that epoch or an older one is gone; (3) the space is punched, if
-//! asked for (`freed`); (4) the refcount is decreased in memory, from now on the cluster can be taken. What
-//! a crash interrupts is a leak.
+//! asked for (`freed`); (4) the refcount is decreased in memory, from now on the cluster can be
+//! taken. What a crash interrupts is a leak.
 
 use std::rc::Rc;
 

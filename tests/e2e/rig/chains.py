@@ -43,13 +43,19 @@ class Chain:
                 for n in found if n["drv"] in ("qcow2", "raw") and n["node-name"][0] != "#"]
 
 
-async def make(world, sizes=(8, 8, 8, 8), base="qcow2", implicit=False, top="d", **extra):
-    """Makes the files and opens them: one node per layer, or only the top by name."""
+async def make(world, sizes=(8, 8, 8, 8), base="qcow2", implicit=False, top="d", small=None,
+               **extra):
+    """Makes the files and opens them: one node per layer, or only the top by name.
+
+    `small` names a layer whose file lies in a file system that has too little space for a job.
+    """
     files = {}
+    cramped = await world.tmpfs("4M") if small else None
     below = None
     for index, name in enumerate(NAMES[:NAMES.index(top) + 1]):
         raw = index == 0 and base == "raw"
-        path = world.path(name + (".raw" if raw else ".qcow2"))
+        file = name + (".raw" if raw else ".qcow2")
+        path = os.path.join(cramped, file) if name == small else world.path(file)
         fmt = "raw" if raw else "qcow2"
         argv = ["qemu-img", "create", "-q", "-f", fmt]
         if below:
@@ -61,15 +67,18 @@ async def make(world, sizes=(8, 8, 8, 8), base="qcow2", implicit=False, top="d",
             # a zero cluster over data, data that is zero, and a part of a cluster
             writes += [f"write -z {index * MIB + 65536 * 4} 131072",
                        f"write -P 0 {index * MIB + 65536 * 8} 65536",
-                       f"write -P {100 + index} {size - MIB + 4096 * index} 3000"]
+                       f"write -P {100 + index} {size - MIB + 135168 * index} 3000"]
         for write in writes:
             at = int(write.split()[-2])
             if at + int(write.split()[-1]) <= size:
                 await images.tool("qemu-io", "-f", fmt, "-c", write, path)
         files[name] = (path, fmt)
         below = (path, fmt)
+    shown = await images.digest(files[top][0])
     daemon = await world.daemon()
     chain = Chain(world, daemon, files)
+    # what a guest of the top sees
+    chain.shown = shown
     if implicit:
         await daemon.add_qcow2(top, files[top][0], **extra)
         return chain

@@ -80,8 +80,8 @@ pub(crate) async fn run(host: &Host, options: ResizeOptions) -> Answer {
     if new < old && !options.shrink {
         return Err(Failure::new(
             "Use the --shrink option to perform a shrink operation.\nliveblk img: warning: \
-             Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an \
-             operation, make sure there is no important data there.",
+             Shrinking an image will delete all data beyond the shrunken image's end. Before \
+             performing such an operation, make sure there is no important data there.",
         ));
     }
     let failed = |error: liveblk::Error| {
