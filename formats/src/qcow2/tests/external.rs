@@ -233,8 +233,8 @@ fn the_place_of_data_is_the_guests_offset_and_nothing_else() {
 /// Else a power cut could leave data in the file that the disk does not show.
 #[test]
 fn all_of_a_raw_data_file_is_mapped_from_the_start_and_when_it_grows() {
-    calm(|core| async move {
-        for (extended_l2, cluster_size) in [(false, 65536), (true, 65536), (true, 16384)] {
+    for (extended_l2, cluster_size) in [(false, 65536), (true, 65536), (true, 16384)] {
+        calm(move |core| async move {
             let size = MIB + 512;
             let options =
                 CreateOptions { data_file_raw: true, extended_l2, cluster_size, ..external(size) };
@@ -262,8 +262,8 @@ fn all_of_a_raw_data_file_is_mapped_from_the_start_and_when_it_grows() {
                 }
             }
             disk.format.close().await.expect("closes");
-        }
-    });
+        });
+    }
 }
 
 #[test]
