@@ -16,11 +16,11 @@ use liveblk_engine::executor::{Class, Core, CoreId};
 use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
 use liveblk_engine::node::NodeId;
 
-use crate::backup::prepare_backup;
+use crate::actions::{BackupAction, MirrorAction};
+use crate::drive::DriveTarget;
 use crate::error::{JobError, Result};
 use crate::limits::{ACTIONS, CUT_WAIT_NS};
 use crate::snapshot::{self, PreparedSnapshot, SnapshotFile};
-use crate::spec::{BackupSpec, JobOptions, SyncMode};
 use crate::start::Prepared;
 use crate::txn::JobTxn;
 
@@ -50,26 +50,23 @@ pub enum Action {
     SnapshotFile(SnapshotFile),
     /// `blockdev-backup`.
     Backup(BackupAction),
-}
-
-/// A backup in a transaction.
-#[derive(Clone, Debug)]
-pub struct BackupAction {
-    /// Common options.
-    pub job: JobOptions,
-    /// What is copied, by node name.
-    pub source: String,
-    /// Where to, by node name.
-    pub target: String,
-    /// What of the source.
-    pub sync: SyncMode,
-    /// Accept a larger target.
-    pub allow_larger_target: bool,
-    /// Store whole clusters of the target compressed.
-    pub compress: bool,
+    /// `drive-backup`.
+    DriveBackup(BackupAction, DriveTarget),
+    /// `blockdev-mirror`.
+    Mirror(MirrorAction),
+    /// `drive-mirror`.
+    DriveMirror(MirrorAction, DriveTarget),
 }
 
 impl Action {
+    /// Whether it starts a job.
+    const fn starts_job(&self) -> bool {
+        matches!(
+            self,
+            Self::Backup(_) | Self::DriveBackup(..) | Self::Mirror(_) | Self::DriveMirror(..)
+        )
+    }
+
     /// The name in QMP.
     pub const fn name(&self) -> &'static str {
         match self {
@@ -77,6 +74,9 @@ impl Action {
             Self::Snapshot { .. } => "blockdev-snapshot",
             Self::SnapshotFile(_) => "blockdev-snapshot-sync",
             Self::Backup(_) => "blockdev-backup",
+            Self::DriveBackup(..) => "drive-backup",
+            Self::Mirror(_) => "blockdev-mirror",
+            Self::DriveMirror(..) => "drive-mirror",
         }
     }
 }
@@ -118,7 +118,7 @@ struct Set {
 
 enum Step {
     Snapshot(PreparedSnapshot),
-    Backup(Prepared),
+    Job(Prepared),
 }
 
 impl Staged {
@@ -140,14 +140,14 @@ impl Step {
     fn nodes(&self) -> Vec<NodeId> {
         match self {
             Self::Snapshot(snapshot) => snapshot.nodes(),
-            Self::Backup(backup) => vec![backup.copy.source().id()],
+            Self::Job(job) => vec![job.copy.source().id()],
         }
     }
 
     fn swap(&self, graph: &Rc<Graph>) {
         match self {
             Self::Snapshot(snapshot) => snapshot.swap(graph),
-            Self::Backup(backup) => backup.slot.install(),
+            Self::Job(job) => job.slot.install(),
         }
     }
 }
@@ -188,12 +188,9 @@ fn check(actions: &[(CoreId, Action)], completion: CompletionMode) -> Result<()>
         return Err(JobError::TooMany { what: "actions in a transaction", limit: ACTIONS });
     }
     if completion == CompletionMode::Grouped {
-        for (_, action) in actions {
-            if !matches!(action, Action::Backup(_)) {
-                return Err(JobError::NotGrouped { action: action.name() });
-            }
-        }
-        if actions.windows(2).any(|pair| matches!(pair, [one, two] if one.0 != two.0)) {
+        let mut homes = actions.iter().filter(|(_, action)| action.starts_job());
+        let first = homes.next().map(|(home, _)| *home);
+        if homes.any(|(home, _)| Some(*home) != first) {
             return Err(JobError::NotYet { what: "Grouped completion over several cores" });
         }
     }
@@ -225,23 +222,20 @@ async fn prepare_all(
 
 async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Result<Vec<NodeId>> {
     let staged = Staged::of(core);
+    let txn = || if grouped { staged.group(number) } else { JobTxn::new() };
     let step = match action {
         Action::Abort => return Err(JobError::AbortAction),
         Action::Snapshot { node, overlay } => {
             Step::Snapshot(snapshot::prepare_nodes(core, &node, &overlay)?)
         }
         Action::SnapshotFile(spec) => Step::Snapshot(snapshot::prepare_file(core, spec).await?),
-        Action::Backup(backup) => {
-            let txn = if grouped { staged.group(number) } else { JobTxn::new() };
-            let spec = BackupSpec {
-                source: snapshot::find(core, &backup.source, &backup.source)?,
-                target: snapshot::find(core, &backup.target, &backup.target)?,
-                job: backup.job,
-                sync: backup.sync,
-                allow_larger_target: backup.allow_larger_target,
-                compress: backup.compress,
-            };
-            Step::Backup(prepare_backup(spec, &txn)?)
+        Action::Backup(backup) => Step::Job(backup.prepare(core, None, &txn()).await?),
+        Action::DriveBackup(backup, file) => {
+            Step::Job(backup.prepare(core, Some(file), &txn()).await?)
+        }
+        Action::Mirror(mirror) => Step::Job(mirror.prepare(core, None, &txn()).await?),
+        Action::DriveMirror(mirror, file) => {
+            Step::Job(mirror.prepare(core, Some(file), &txn()).await?)
         }
     };
     let nodes = step.nodes();
@@ -300,7 +294,7 @@ async fn commit(steps: Vec<Step>) {
     let mut snapshots = Vec::new();
     for step in steps {
         match step {
-            Step::Backup(backup) => drop(backup.commit()),
+            Step::Job(job) => drop(job.commit()),
             Step::Snapshot(snapshot) => snapshots.push(snapshot),
         }
     }
@@ -312,7 +306,7 @@ async fn commit(steps: Vec<Step>) {
 async fn abort(core: &Core, steps: Vec<Step>) {
     for step in steps.into_iter().rev() {
         match step {
-            Step::Backup(backup) => backup.abort(),
+            Step::Job(job) => job.abort().await,
             Step::Snapshot(snapshot) => snapshot.abort(core).await,
         }
     }

@@ -13,6 +13,7 @@ mod control;
 mod errors;
 mod events;
 mod exports;
+mod fleecing;
 mod handle;
 mod jobs;
 mod nodes;

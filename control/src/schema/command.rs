@@ -5,7 +5,7 @@
 
 use super::{
     BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange, BlockStream, BlockdevAmend,
-    BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync,
+    BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync, Drive,
     NbdServerOptions, ObjectAdd, Transaction,
 };
 
@@ -95,6 +95,10 @@ pub enum Command {
     BlockStream(Box<BlockStream>),
     /// `block-commit`.
     BlockCommit(Box<BlockCommit>),
+    /// `drive-mirror`.
+    DriveMirror(Box<Drive<BlockdevMirror>>),
+    /// `drive-backup`.
+    DriveBackup(Box<Drive<BlockdevBackup>>),
     /// `x-blockdev-amend`.
     BlockdevAmend(BlockdevAmend),
     /// `blockdev-snapshot`.

@@ -6,15 +6,25 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::jobs::{BACKUP, BlockdevBackup};
+use super::jobs::{
+    BACKUP, BlockdevBackup, BlockdevMirror, DRIVE_BACKUP, DRIVE_MIRROR, Drive, MIRROR,
+};
 use super::types::{EMPTY, EnumType, ObjectType, Type, Variants, may, need, object, words};
 
 static ACTION_KIND: EnumType = words(
     "TransactionActionKind",
-    &["abort", "blockdev-backup", "blockdev-snapshot", "blockdev-snapshot-sync"],
+    &[
+        "abort",
+        "blockdev-backup",
+        "blockdev-mirror",
+        "blockdev-snapshot",
+        "blockdev-snapshot-sync",
+        "drive-backup",
+        "drive-mirror",
+    ],
 );
 static COMPLETION: EnumType = words("ActionCompletionMode", &["individual", "grouped"]);
-static NEW_IMAGE: EnumType = words("NewImageMode", &["existing", "absolute-paths"]);
+pub(super) static NEW_IMAGE: EnumType = words("NewImageMode", &["existing", "absolute-paths"]);
 
 pub(super) static SNAPSHOT: ObjectType =
     object("BlockdevSnapshot", &[need("node", Type::Str), need("overlay", Type::Str)]);
@@ -33,6 +43,12 @@ pub(super) static SNAPSHOT_SYNC: ObjectType = object(
 static ABORT_WRAPPER: ObjectType = object("AbortWrapper", &[need("data", Type::Object(&EMPTY))]);
 static BACKUP_WRAPPER: ObjectType =
     object("BlockdevBackupWrapper", &[need("data", Type::Object(&BACKUP))]);
+static MIRROR_WRAPPER: ObjectType =
+    object("BlockdevMirrorWrapper", &[need("data", Type::Object(&MIRROR))]);
+static DRIVE_BACKUP_WRAPPER: ObjectType =
+    object("DriveBackupWrapper", &[need("data", Type::Object(&DRIVE_BACKUP))]);
+static DRIVE_MIRROR_WRAPPER: ObjectType =
+    object("DriveMirrorWrapper", &[need("data", Type::Object(&DRIVE_MIRROR))]);
 static SNAPSHOT_WRAPPER: ObjectType =
     object("BlockdevSnapshotWrapper", &[need("data", Type::Object(&SNAPSHOT))]);
 static SNAPSHOT_SYNC_WRAPPER: ObjectType =
@@ -46,8 +62,11 @@ static ACTION: ObjectType = ObjectType {
         cases: &[
             ("abort", &ABORT_WRAPPER),
             ("blockdev-backup", &BACKUP_WRAPPER),
+            ("blockdev-mirror", &MIRROR_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-sync", &SNAPSHOT_SYNC_WRAPPER),
+            ("drive-backup", &DRIVE_BACKUP_WRAPPER),
+            ("drive-mirror", &DRIVE_MIRROR_WRAPPER),
         ],
     }),
     features: &[],
@@ -118,6 +137,12 @@ pub enum TransactionAction {
     Abort,
     /// See [`BlockdevBackup`].
     Backup(Box<BlockdevBackup>),
+    /// See [`BlockdevMirror`].
+    Mirror(Box<BlockdevMirror>),
+    /// A backup into a file.
+    DriveBackup(Box<Drive<BlockdevBackup>>),
+    /// A mirror into a file.
+    DriveMirror(Box<Drive<BlockdevMirror>>),
     /// See [`BlockdevSnapshot`].
     Snapshot(BlockdevSnapshot),
     /// See [`BlockdevSnapshotSync`].
@@ -130,6 +155,9 @@ impl TransactionAction {
         match self {
             Self::Abort => "abort",
             Self::Backup(_) => "blockdev-backup",
+            Self::Mirror(_) => "blockdev-mirror",
+            Self::DriveBackup(_) => "drive-backup",
+            Self::DriveMirror(_) => "drive-mirror",
             Self::Snapshot(_) => "blockdev-snapshot",
             Self::SnapshotSync(_) => "blockdev-snapshot-sync",
         }
@@ -145,6 +173,9 @@ impl<'de> Deserialize<'de> for TransactionAction {
             Some("blockdev-backup") => {
                 BlockdevBackup::deserialize(data).map(|backup| Self::Backup(Box::new(backup)))
             }
+            Some("blockdev-mirror") => Box::deserialize(data).map(Self::Mirror),
+            Some("drive-backup") => Box::deserialize(data).map(Self::DriveBackup),
+            Some("drive-mirror") => Box::deserialize(data).map(Self::DriveMirror),
             Some("blockdev-snapshot") => BlockdevSnapshot::deserialize(data).map(Self::Snapshot),
             Some("blockdev-snapshot-sync") => {
                 BlockdevSnapshotSync::deserialize(data).map(Self::SnapshotSync)
