@@ -8,8 +8,9 @@
 //! Order rules of a copied write (under the node's claim of its bytes):
 //! 1. the copy claims the granules it touches, after every copy of them that is in flight; no
 //!    background copy of them begins before the claim ends;
-//! 2. both writes run; 3. if both ended well, granules that lie wholly inside are clean, others stay
-//!    as they were; else the whole range is dirty; 4. the claim ends; 5. the guest is answered.
+//! 2. both writes run; 3. if both ended well, granules that lie wholly inside are clean, others
+//!    stay as they were; else the whole range is dirty; 4. the claim ends; 5. the guest is
+//!    answered.
 //!
 //! A target that fails makes the range dirty and is answered by the policy of the job; the guest's
 //! write has succeeded. What is discarded has no content to keep: it is marked dirty and copied
@@ -77,14 +78,7 @@ impl MirrorHook {
 
 impl WriteHook for MirrorHook {
     fn before_write(&self, _: GuestRange) -> Option<LocalFuture<'static, EngineResult<()>>> {
-        let brake = self.copy.brake();
-        (brake > 0).then(|| {
-            let copy = Rc::clone(&self.copy);
-            Box::pin(async move {
-                copy.hold_back(brake).await;
-                Ok(())
-            }) as LocalFuture<'static, EngineResult<()>>
-        })
+        None
     }
 
     fn after_write(&self, range: GuestRange) {

@@ -7,8 +7,9 @@
 //! 3. a copy clears the bits before it reads;
 //! 4. the target is durable before the end is announced.
 //!
-//! A target that fails never reaches the guest, unless the client asked for that. Old content that a guest overwrote is written again
-//! by the policy of the job as long as the reserve holds it; beyond that the job fails.
+//! A target that fails never reaches the guest, unless the client asked for that. Old content that
+//! a guest overwrote is written again by the policy of the job as long as the reserve holds it;
+//! beyond that the job fails.
 
 use std::rc::Rc;
 

@@ -1,8 +1,9 @@
-//! Targets by file name: `drive-mirror` and `drive-backup` make or open the image that they copy to.
+//! Targets by file name: `drive-mirror` and `drive-backup` make or open the image that they copy
+//! to.
 //!
 //! Order: (1) the file is created under a temporary name, opened, and gets its name, which must be
-//! free and is durable then; (2) the job starts; (3) when the job is over the node is closed, unless
-//! guests have moved to it; (4) then the event. A start that fails leaves no file.
+//! free and is durable then; (2) the job starts; (3) when the job is over the node is closed,
+//! unless guests have moved to it; (4) then the event. A start that fails leaves no file.
 //!
 //! What the header of a created image refers to is what the copy does not hold: with sync=top the
 //! source's own backing file, with sync=none the source.

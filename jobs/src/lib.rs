@@ -61,8 +61,8 @@ pub use manager::JobManager;
 pub use mirror::start_mirror;
 pub use snapshot::{NewImageMode, SnapshotFile};
 pub use spec::{
-    BackupOptions, BackupSpec, BitmapMode, Converge, CopyMode, JobOptions, MirrorOptions,
-    MirrorSpec, OnCbwError, OnError, SyncMode,
+    BackupOptions, BackupSpec, BitmapMode, CopyMode, JobOptions, MirrorOptions, MirrorSpec,
+    OnCbwError, OnError, SyncMode,
 };
 pub use stream::{StreamSpec, StreamTo, start_stream};
 pub use transaction::{Action, CompletionMode, snapshot_file, transaction};

@@ -175,18 +175,6 @@ pub struct MirrorOptions {
     pub backing_at_pivot: Option<NodeId>,
     /// A bitmap of the source: what is copied, or what the copy leaves behind.
     pub bitmap: BitmapChoice,
-    /// Be ready before a deadline whatever the guest writes.
-    pub converge: Option<Converge>,
-}
-
-/// How a mirror comes to its end against a guest that writes faster than the target: in the
-/// background first, then write-blocking, then with guest writes held back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Converge {
-    /// Nanoseconds after the start by which the job is to be ready.
-    pub deadline_ns: u64,
-    /// Most nanoseconds that one guest write is held back.
-    pub latency_ns_max: u64,
 }
 
 /// A backup to be started.

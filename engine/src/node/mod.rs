@@ -6,8 +6,8 @@
 //!    their attachment points to;
 //! 3. node claim on the byte range, in order of arrival;
 //! 4. pre-hooks (copy-before-write, durable intent), which may wait;
-//! 5. data: copy-on-write fill and the bytes themselves, and beside them what hooks do with the same
-//!    bytes (an active mirror's target); memory that a guest can still change is copied first;
+//! 5. data: copy-on-write fill and the bytes themselves, and beside them what hooks do with the
+//!    same bytes (an active mirror's target); memory that a guest can still change is copied first;
 //! 6. mapping: the format's guard is completed;
 //! 7. post-hooks and named dirty bitmaps, synchronous, also after a failure;
 //! 8. claim released, answer.

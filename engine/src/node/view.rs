@@ -1,9 +1,9 @@
 //! Nodes that are no images: filters, which pass requests on to the node below, and views, which
 //! show something else of it (a snapshot that is being fleeced).
 //!
-//! A filter never has requests of its own: whoever attaches to it, or asks it, is served by the node
-//! below, whose hooks do the filter's work. So adding or removing one moves no guest. A view answers
-//! reads, block status and discards itself and takes no other writes.
+//! A filter never has requests of its own: whoever attaches to it, or asks it, is served by the
+//! node below, whose hooks do the filter's work. So adding or removing one moves no guest. A view
+//! answers reads, block status and discards itself and takes no other writes.
 
 use std::any::Any;
 use std::rc::Rc;
@@ -22,9 +22,9 @@ use crate::storage::Storage;
 
 /// What a node is that holds no image.
 ///
-/// Duties of the implementer: reads of any range inside the size; no call blocks a drain of the node
-/// below (its reads there are of derived origin). Never called: `read`, `status`, `discard` of a
-/// filter.
+/// Duties of the implementer: reads of any range inside the size; no call blocks a drain of the
+/// node below (its reads there are of derived origin). Never called: `read`, `status`, `discard` of
+/// a filter.
 pub trait View {
     /// The driver's name in QMP.
     fn driver(&self) -> &'static str;

@@ -132,7 +132,7 @@ impl Copy {
     /// snapshot is broken.
     ///
     /// # Errors
-    /// Only if the client wants guests to fail with the target: the cause, nothing was written then.
+    /// Only if the client wants guests to fail with the target: the cause, and nothing was written.
     pub(crate) async fn before_guest_write(self: Rc<Self>, range: GuestRange) -> EngineResult<()> {
         let wide = range.widen(self.granularity());
         let in_line = self.crowd.line_up(wide);

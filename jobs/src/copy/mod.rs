@@ -18,7 +18,6 @@
 
 mod before;
 mod bitmap;
-mod brake;
 mod chunk;
 mod pieces;
 mod plan;

@@ -105,8 +105,6 @@ pub(crate) struct Copy {
     /// Bytes that copy-before-write holds.
     before_write_bytes: Cell<u64>,
     bounds: Bounds,
-    /// Nanoseconds that each guest write is held back.
-    pub(super) brake_ns: Cell<u64>,
     pub(super) retry_at: Cell<u64>,
     phase: Cell<Phase>,
     failure: RefCell<Option<JobError>>,
@@ -172,7 +170,6 @@ impl Copy {
             guest_bytes: Cell::new(0),
             parked: Cell::new(0),
             before_write_bytes: Cell::new(0),
-            brake_ns: Cell::new(0),
             retry_at: Cell::new(0),
             phase: Cell::new(Phase::Background),
             failure: RefCell::new(None),
