@@ -184,8 +184,9 @@ fn break_guest_write_fails_the_guest_and_keeps_the_snapshot_right() {
             let filter = add_copy_before_write(spec).await.expect("a filter");
             let sa = view(&core, &filter);
             for at in 0..14 {
+                let failures = log.failures.get();
                 log.write(&core, 0, &guest, at * 300, 200, false).await;
-                if log.failures.get() == 1 && log.writes.borrow().len() == at as usize + 1 {
+                if log.failures.get() > failures {
                     // The write that failed changed nothing.
                     log.writes.borrow_mut().last_mut().expect("just written").sectors = 0;
                 }
