@@ -263,6 +263,7 @@ fn other_jobs_and_a_snapshot_of_the_node_run_beside_a_stream() {
                     sync: SyncMode::Full,
                     allow_larger_target: false,
                     compress: false,
+                    more: Default::default(),
                 };
                 let from = core.now();
                 start_backup(spec).await.expect("it starts");

@@ -68,6 +68,7 @@ fn backup(id: &str, source: &str, target: &str) -> Action {
         sync: SyncMode::Full,
         allow_larger_target: false,
         compress: false,
+        more: Default::default(),
     })
 }
 
@@ -396,6 +397,7 @@ fn a_snapshot_under_a_mirror_is_refused_and_changes_nothing() {
             copy_mode: liveblk_jobs::CopyMode::Background,
             granularity: None,
             allow_larger_target: false,
+            more: Default::default(),
         })
         .await
         .expect("it starts");

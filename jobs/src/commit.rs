@@ -23,7 +23,7 @@ use crate::chain::{
 };
 use crate::chain_error::ChainError;
 use crate::commit_active;
-use crate::copy::{Copy, CopySetup, Layers};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Layers};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
 use crate::job::Job;
@@ -203,6 +203,10 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
         all_dirty: true,
         whole_granules: false,
         compress: false,
+        keeps_bytes: true,
+        discard_source: false,
+        before: BeforeWrite::default(),
+        bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });
     let slot = HookSlot::empty(&spec.top);
@@ -211,7 +215,7 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
     let body: Body = Box::pin(async move {
         with_section(held, inner, async move { commit.run(section).await }).await
     });
-    Prepared { copy, slot, body }
+    Prepared { copy, slot, body, opened: None }
 }
 
 struct Commit {

@@ -19,7 +19,7 @@ use liveblk_engine::node::{Node, WriteHook};
 
 use crate::chain::{Section, close_dropped, with_section};
 use crate::commit::{CommitSpec, Lot, begin, granularity, hold, layers_of, vouch};
-use crate::copy::{Copy, CopySetup};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup};
 use crate::error::{JobError, Result};
 use crate::event::{Kind, Operation};
 use crate::job::Job;
@@ -60,6 +60,10 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
         all_dirty: false,
         whole_granules: false,
         compress: false,
+        keeps_bytes: true,
+        discard_source: false,
+        before: BeforeWrite::default(),
+        bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });
     let hook: Rc<dyn WriteHook> = Rc::new(MarkDirty(Rc::clone(&copy)));
@@ -69,7 +73,7 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
     let body: Body = Box::pin(async move {
         with_section(held, inner, async move { Rc::new(commit).run().await }).await
     });
-    Prepared { copy, slot, body }
+    Prepared { copy, slot, body, opened: None }
 }
 
 /// Sets dirty bits for what guests write.

@@ -18,7 +18,7 @@ use crate::chain::{
     Section, chain_of, check_section, close_dropped, reference_to, with_section, write_reference,
 };
 use crate::chain_error::ChainError;
-use crate::copy::{Copy, CopySetup, Layers};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Layers};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
 use crate::job::Job;
@@ -152,6 +152,10 @@ fn prepare(job: Rc<Job>, spec: StreamSpec, section: Rc<Section>, nodes: Vec<Rc<N
         all_dirty: nodes.len() > 1,
         whole_granules: false,
         compress: false,
+        keeps_bytes: true,
+        discard_source: false,
+        before: BeforeWrite::default(),
+        bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });
     copy.fill_source();
@@ -163,7 +167,7 @@ fn prepare(job: Rc<Job>, spec: StreamSpec, section: Rc<Section>, nodes: Vec<Rc<N
         let held = Rc::clone(&section);
         with_section(work, inner, async move { stream.run(held).await }).await
     });
-    Prepared { copy, slot, body }
+    Prepared { copy, slot, body, opened: None }
 }
 
 struct Stream {

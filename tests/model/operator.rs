@@ -142,6 +142,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
         sync: SyncMode::Full,
         allow_larger_target: false,
         compress: false,
+        more: Default::default(),
     };
     let id = spec.job.id.clone();
     let from = world.clock.tick();
@@ -246,6 +247,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         copy_mode: CopyMode::Background,
         granularity: rng.chance(500).then(|| 512 << rng.below(9)),
         allow_larger_target: false,
+        more: Default::default(),
     };
     let id = spec.job.id.clone();
     let job = match start_mirror(spec).await {

@@ -131,6 +131,7 @@ async fn backups(world: &Rc<World>, rng: &mut Rng) {
             sync: SyncMode::Full,
             allow_larger_target: false,
             compress: false,
+            more: Default::default(),
         };
         on_success(world, &action.job.id, (disk, target.chain.clone()), &window);
         ids.push(action.job.id.clone());

@@ -83,6 +83,8 @@ impl Control {
             Command::BlockCommit(commit) => self.commit(*commit).await?,
             Command::Bitmap(change) => self.change_bitmap(change).await?,
             Command::BitmapSha256(bitmap) => return self.bitmap_sha256(&bitmap),
+            Command::DriveMirror(drive) => self.drive_mirror(*drive).await?,
+            Command::DriveBackup(drive) => self.drive_backup(*drive).await?,
             Command::BlockdevAmend(amend) => self.amend(&amend)?,
             Command::BlockdevSnapshot(snapshot) => self.snapshot(snapshot).await?,
             Command::BlockdevSnapshotSync(snapshot) => self.snapshot_sync(snapshot).await?,
@@ -143,9 +145,10 @@ impl Control {
         Ok(())
     }
 
-    /// The node that an argument names as device or node.
+    /// The node that an argument names as device or node; for a filter the one that it serves.
     pub(super) fn node(&self, name: &str) -> Result<Rc<Node>> {
-        self.graph.find(name).map_err(|_| Failure::no_node(name, name))
+        let found = self.graph.find(name).map_err(|_| Failure::no_node(name, name))?;
+        Ok(found.served())
     }
 
     /// Ends exports and jobs; a second caller waits for the first.

@@ -14,6 +14,7 @@ mod control;
 mod errors;
 mod events;
 mod exports;
+mod fleecing;
 mod handle;
 mod image_opts;
 mod internal;

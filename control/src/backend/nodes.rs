@@ -56,6 +56,13 @@ impl Control {
             return Err(liveblk_engine::Error::from(GraphError::NameMissing).into());
         }
         let detect_zeroes = options.node.detect_zeroes;
+        match options.driver {
+            DriverOptions::CopyBeforeWrite(cbw) => return self.add_cbw(&options.node, *cbw).await,
+            DriverOptions::SnapshotAccess(view) => {
+                return self.add_snapshot_access(&options.node, view.file).await;
+            }
+            _ => {}
+        }
         let root = Inherited { root: true, ..Inherited::default() };
         let node = self.graph.open(image(options, root)?).await?;
         if detect_zeroes != DetectZeroes::Off {
@@ -67,6 +74,9 @@ impl Control {
     /// `blockdev-del`; the refusals in the peer's order.
     pub(super) async fn remove_node(&self, name: &str) -> Result<()> {
         let node = self.graph.find(name)?;
+        if liveblk_jobs::is_job_filter(&node) {
+            return Err(liveblk_engine::Error::from(GraphError::InUse(name.to_owned())).into());
+        }
         let users = node.users();
         // In the peer a job's filter stands between a guest and the source.
         let is_source = |user: &User| matches!(user, User::Job { role: Role::Source, .. });
@@ -147,6 +157,11 @@ pub(super) fn standalone(options: BlockdevOptions) -> Result<OpenNode> {
     image(options, Inherited { root: true, ..Inherited::default() })
 }
 
+/// An image that is opened for a filter.
+pub(super) fn child_image(options: BlockdevOptions) -> Result<OpenNode> {
+    image(options, Inherited::default())
+}
+
 /// A node of any driver.
 fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
     let (own, node_options) = settle(&options, parent)?;
@@ -158,6 +173,11 @@ fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
         }
         DriverOptions::Raw(raw) => raw_image(raw, own)?,
         DriverOptions::Qcow2(qcow2) => qcow2_image(*qcow2, own)?,
+        DriverOptions::CopyBeforeWrite(_) | DriverOptions::SnapshotAccess(_) => {
+            return Err(Failure::generic(
+                "Filters stand above the nodes of a chain: add this one by itself and name it",
+            ));
+        }
     };
     open.name = options.node.node_name;
     open.writable = !own.read_only;

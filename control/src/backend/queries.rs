@@ -106,9 +106,16 @@ impl Control {
 
     /// `query-block-exports`.
     pub(super) fn query_exports(&self) -> Value {
+        // Clients expect a job's filter where the job works, though it moves no guest.
+        let shown = |name: &str| {
+            let node = self.graph.find(name).ok();
+            let filter =
+                node.and_then(|node| liveblk_jobs::job_filter_above(&self.graph, node.id()));
+            filter.map_or_else(|| name.to_owned(), |filter| filter.name().to_string())
+        };
         let row = |export: &liveblk_exports::ExportInfo| {
             json!({
-                "node-name": export.node_name,
+                "node-name": shown(&export.node_name),
                 "shutting-down": export.shutting_down,
                 "type": export.kind,
                 "id": export.id,
@@ -162,6 +169,9 @@ fn one_image(node: &Rc<Node>) -> Value {
     let mut image = json!({"virtual-size": size, "filename": filename});
     if let Some(bytes) = info.cluster_size.filter(|bytes| *bytes > 1) {
         insert_some(&mut image, "cluster-size", Some(bytes.into()));
+        if node.view().is_some() {
+            insert_some(&mut image, "dirty-flag", Some(false.into()));
+        }
     }
     insert_some(&mut image, "format", Some(node.driver().into()));
     if node.driver() == "qcow2" {

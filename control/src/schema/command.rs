@@ -6,8 +6,8 @@
 use super::{
     BitmapChange, BitmapOf, BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange,
     BlockStream, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot,
-    BlockdevSnapshotDelete, BlockdevSnapshotInternal, BlockdevSnapshotSync, NbdServerOptions,
-    ObjectAdd, Transaction,
+    BlockdevSnapshotDelete, BlockdevSnapshotInternal, BlockdevSnapshotSync, Drive,
+    NbdServerOptions, ObjectAdd, Transaction,
 };
 
 /// What can be asked of a job without further arguments.
@@ -100,6 +100,10 @@ pub enum Command {
     Bitmap(BitmapChange),
     /// `x-debug-block-dirty-bitmap-sha256`.
     BitmapSha256(BitmapOf),
+    /// `drive-mirror`.
+    DriveMirror(Box<Drive<BlockdevMirror>>),
+    /// `drive-backup`.
+    DriveBackup(Box<Drive<BlockdevBackup>>),
     /// `x-blockdev-amend`.
     BlockdevAmend(BlockdevAmend),
     /// `blockdev-snapshot`.

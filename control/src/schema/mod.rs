@@ -23,8 +23,9 @@ mod validate;
 pub use amend::{AmendOptions, BlockdevAmend};
 pub use bitmaps::{BitmapAdd, BitmapChange, BitmapMerge, BitmapOf};
 pub use blockdev::{
-    AioMode, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard, DriverOptions,
-    FileOptions, NodeOptions, OnOffAuto, Qcow2Options, RawOptions,
+    AioMode, BlockdevOptions, BlockdevRef, CacheOptions, CbwOptions, DetectZeroes, Discard,
+    DriverOptions, FileOptions, NamedBitmap, NodeOptions, OnCbwError, OnOffAuto, Qcow2Options,
+    RawOptions, SnapshotAccessOptions,
 };
 pub use chains::{BlockCommit, BlockStream, ChainJob};
 pub use command::{Command, JobVerb};
@@ -35,8 +36,8 @@ pub use exports::{
 };
 pub use introspect::{query_commands, query_qmp_schema};
 pub use jobs::{
-    BackupPerf, BitmapSync, BlockJobChange, BlockdevBackup, BlockdevMirror, MirrorCopyMode,
-    MirrorSync, OnError, SyncMode,
+    BackupPerf, BitmapSync, BlockJobChange, BlockdevBackup, BlockdevMirror, Drive, DriveFile,
+    MirrorCopyMode, MirrorSync, OnError, SyncMode,
 };
 pub use table::{COMMANDS, CommandEntry, EVENTS, EventEntry, Run, command_entry};
 pub use transaction::{

@@ -244,6 +244,19 @@ pub static COMMANDS: &[CommandEntry] = &[
         features: &["unstable"],
         run: Run::Execute(|value| Ok(Command::BitmapSha256(Deserialize::deserialize(value)?))),
     },
+    command(
+        "drive-mirror",
+        &jobs::DRIVE_MIRROR,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::DriveMirror(Box::deserialize(value)?))),
+    ),
+    CommandEntry {
+        name: "drive-backup",
+        arguments: &jobs::DRIVE_BACKUP,
+        answer: NOTHING,
+        features: &["deprecated"],
+        run: Run::Execute(|value| Ok(Command::DriveBackup(Box::deserialize(value)?))),
+    },
     CommandEntry {
         name: "x-blockdev-amend",
         arguments: &amend::AMEND,

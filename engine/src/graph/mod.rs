@@ -10,6 +10,7 @@ mod error;
 mod open;
 mod registry;
 mod relink;
+mod views;
 
 pub use cut::{BeforeSwap, CutPart, Swap, cut};
 pub use data::DataFileSource;
@@ -17,3 +18,4 @@ pub use error::GraphError;
 pub use open::{BackingSource, FileSource, FileSpec, OpenNode};
 pub use registry::{Graph, GraphConfig};
 pub use relink::Retired;
+pub use views::NewView;

@@ -454,6 +454,7 @@ impl Graph {
             file: None,
             data: None,
             backing: None,
+            view: None,
         };
         let node = Node::new(self.core(), parts);
         self.insert(&node, Vec::new());
@@ -518,6 +519,7 @@ impl Graph {
             file: level.file,
             data: level.data,
             backing,
+            view: None,
         };
         let node = Node::new(self.core(), parts);
         node.adopt_bitmaps(level.bitmaps);

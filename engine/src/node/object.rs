@@ -10,6 +10,7 @@ use super::gate::Gate;
 use super::hooks::{HookId, Hooks, WriteHook};
 use super::path::{Layer, Path};
 use super::users::Users;
+use super::view::View;
 use crate::buf::Buf;
 use crate::error::Result;
 use crate::executor::{Core, JoinHandle};
@@ -47,6 +48,8 @@ pub(crate) struct NodeParts {
     pub(crate) file: Option<Rc<Node>>,
     pub(crate) data: Option<Rc<Node>>,
     pub(crate) backing: Option<Rc<Node>>,
+    /// What it is if it holds no image.
+    pub(crate) view: Option<Rc<dyn View>>,
 }
 
 /// An open image (or protocol file) in the graph of its home core.
@@ -67,6 +70,7 @@ pub struct Node {
     file: RefCell<Option<Rc<Node>>>,
     data: RefCell<Option<Rc<Node>>>,
     backing: RefCell<Option<Rc<Node>>>,
+    pub(super) view: Option<Rc<dyn View>>,
     path: RefCell<Rc<Path>>,
     pub(super) gate: Rc<Gate>,
     pub(super) claims: Rc<RangeLocks>,
@@ -95,6 +99,7 @@ impl Node {
             file: RefCell::new(parts.file),
             data: RefCell::new(parts.data),
             backing: RefCell::new(parts.backing),
+            view: parts.view,
             path: RefCell::new(path),
             gate: Gate::new(core),
             claims: RangeLocks::new(core),
@@ -167,6 +172,9 @@ impl Node {
 
     /// Whether the image takes writes.
     pub fn is_writable(&self) -> bool {
+        if let Some(below) = self.filtered() {
+            return below.is_writable();
+        }
         self.layer.state.is_writable()
     }
 
@@ -209,7 +217,15 @@ impl Node {
     }
 
     pub(crate) fn path(&self) -> Rc<Path> {
-        Rc::clone(&self.path.borrow())
+        match self.filtered() {
+            Some(below) => below.path(),
+            None => Rc::clone(&self.path.borrow()),
+        }
+    }
+
+    /// The state of the node's own layer, which all paths through it share.
+    pub(super) fn layer_state(&self) -> &Rc<LayerState> {
+        &self.layer.state
     }
 
     /// What reads through the chain below have cost so far; zeroes where there is at most one layer
@@ -381,7 +397,16 @@ impl Node {
         offset: u64,
         len: u64,
     ) -> JoinHandle<Result<Vec<StatusExtent>>> {
-        request::block_status(Rc::clone(self), offset, len)
+        request::block_status(Rc::clone(self), offset, len, Origin::External)
+    }
+
+    /// As [`Node::block_status`], past the gate: for somebody whom a drain may wait for.
+    pub fn derived_status(
+        self: &Rc<Self>,
+        offset: u64,
+        len: u64,
+    ) -> JoinHandle<Result<Vec<StatusExtent>>> {
+        request::block_status(Rc::clone(self), offset, len, Origin::Derived)
     }
 
     /// Where the range lies on the host; runs cover it in order.

@@ -5,13 +5,14 @@ use std::rc::Rc;
 
 use super::attachment::Attachment;
 use super::gate::Pass;
+use super::hooks::WriteContent;
 use super::map::{self, MapExtent};
 use super::object::Node;
 use super::packed;
 use super::status::{self, StatusExtent};
 use super::transfer;
 use crate::address::GuestRange;
-use crate::buf::Buf;
+use crate::buf::{Buf, Pool};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{Class, JoinHandle};
 use crate::format::ZeroMode;
@@ -65,8 +66,9 @@ pub(super) struct Admitted {
 impl Target {
     pub(super) async fn admit(self) -> Admitted {
         match self {
-            Self::Node(node, Origin::Derived) => Admitted { node, _pass: None },
+            Self::Node(node, Origin::Derived) => Admitted { node: node.served(), _pass: None },
             Self::Node(node, Origin::External) => loop {
+                let node = node.served();
                 if let Some(pass) = node.gate.try_pass() {
                     return Admitted { node, _pass: Some(pass) };
                 }
@@ -113,6 +115,10 @@ pub(super) fn start_read(
         let admitted = target.admit().await;
         let node = &admitted.node;
         let range = checked(node, offset, buf.len() as u64, "read")?;
+        if let Some(view) = node.view() {
+            let read = Rc::clone(view).read(range, buf);
+            return read.await.map_err(|error| error.on(&node.name()));
+        }
         let path = node.path();
         transfer::read(&path, 0, range, &buf).await.map_err(|error| error.on(&node.name()))
     })
@@ -140,23 +146,19 @@ pub(super) fn start_write(
         let claim = node.claims.claim(range);
         claim.held().await;
         let hooks = node.hooks.current();
-        for (_, hook) in hooks.iter() {
-            if let Some(before) = hook.before_write(range) {
-                before.await?;
-            }
-        }
+        hooks.before(range).await?;
+        let buf = if hooks.copies_bytes() { stable(pool, buf) } else { buf };
         #[cfg(feature = "planted-bugs")]
         let claim =
             (!crate::planted::has(node.core(), crate::planted::Planted::ClaimReleasedEarly))
                 .then_some(claim);
+        let copies = hooks.begin_copies(range, WriteContent::Bytes(&buf));
         let result = if flags.compressed {
             packed::write(&path, pool, range, &buf).await
         } else {
             transfer::write(&path, pool, range, &buf, data_fua).await
         };
-        for (_, hook) in hooks.iter() {
-            hook.after_write(range);
-        }
+        hooks.after(range, copies, result.is_ok()).await;
         node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
@@ -165,6 +167,16 @@ pub(super) fn start_write(
         }
         Ok(())
     })
+}
+
+/// The same bytes in memory that nobody else changes.
+fn stable(pool: &Pool, buf: Buf) -> Buf {
+    if buf.is_stable() {
+        return buf;
+    }
+    let copy = pool.alloc(buf.len());
+    copy.copy_from_buf(&buf);
+    copy
 }
 
 pub(super) fn start_zero(
@@ -181,6 +193,10 @@ pub(super) fn start_zero(
         let node = &admitted.node;
         let range = checked_write(node, offset, len, op)?;
         let unmap = node.options().discard_unmap;
+        if let (Some(view), ZeroMode::Discard, true) = (node.view(), mode, unmap) {
+            let discard = Rc::clone(view).discard(range);
+            return discard.await.map_err(|error| error.on(&node.name()));
+        }
         let mode = match mode {
             ZeroMode::Discard if !unmap => return Ok(()),
             ZeroMode::Unmap if !unmap => ZeroMode::Keep,
@@ -193,15 +209,15 @@ pub(super) fn start_zero(
         let claim = node.claims.claim(range);
         claim.held().await;
         let hooks = node.hooks.current();
-        for (_, hook) in hooks.iter() {
-            if let Some(before) = hook.before_write(range) {
-                before.await?;
-            }
-        }
+        hooks.before(range).await?;
+        let content = match mode {
+            ZeroMode::Keep => WriteContent::Zeroes { unmap: false },
+            ZeroMode::Unmap => WriteContent::Zeroes { unmap: true },
+            ZeroMode::Discard => WriteContent::Discard,
+        };
+        let copies = hooks.begin_copies(range, content);
         let result = transfer::zero(&path, node.core().pool(), range, mode, flags.fast).await;
-        for (_, hook) in hooks.iter() {
-            hook.after_write(range);
-        }
+        hooks.after(range, copies, result.is_ok()).await;
         node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
@@ -236,6 +252,10 @@ pub(super) fn start_status(
         let admitted = target.admit().await;
         let node = &admitted.node;
         let range = checked(node, offset, len, "get block status")?;
+        if let Some(view) = node.view() {
+            let status = Rc::clone(view).status(range);
+            return status.await.map_err(|error| error.on(&node.name()));
+        }
         let path = node.path();
         status::status(&path, range).await.map_err(|error| error.on(&node.name()))
     })
@@ -284,9 +304,10 @@ pub(super) fn block_status(
     node: Rc<Node>,
     offset: u64,
     len: u64,
+    origin: Origin,
 ) -> JoinHandle<Result<Vec<StatusExtent>>> {
     let core = node.core().clone();
-    start_status(Target::Node(node, Origin::External), &core, offset, len)
+    start_status(Target::Node(node, origin), &core, offset, len)
 }
 
 pub(super) fn map(node: Rc<Node>, offset: u64, len: u64) -> JoinHandle<Result<Vec<MapExtent>>> {

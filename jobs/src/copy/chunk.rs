@@ -34,6 +34,7 @@ impl Copy {
         if run.zero {
             run.region.read_done();
             if self.put(&run, range, Content::Zeroes(range.len)).await {
+                self.note_landed(range);
                 drop(run);
                 flight.landed();
             }
@@ -60,6 +61,12 @@ impl Copy {
                 return;
             }
         }
+        if self.discard_source && !run.urgent {
+            let range = run.region.range();
+            // Space that stays taken is all that a failure costs.
+            let _ = self.source.discard(range.start.bytes(), range.len, Origin::Derived).await;
+        }
+        self.note_landed(range);
         drop(run);
         flight.landed();
     }
@@ -97,6 +104,9 @@ impl Copy {
     fn read_failed(&self, run: &Run, error: liveblk_engine::Error) {
         if self.fills.get() && !self.is_dead() {
             return self.fill_failed(run, error);
+        }
+        if run.urgent && self.fails_guests(run.region.range(), &error) {
+            return;
         }
         self.mark(run.region.range(), false);
         if self.is_dead() {
@@ -171,11 +181,25 @@ impl Copy {
                 self.pass_failure.borrow_mut().get_or_insert((Operation::Write, error));
                 return false;
             }
-            match self.job.on_error(Operation::Write, &error) {
-                Action::Report => {
-                    self.fail(JobError::Engine(error));
-                    return false;
+            if run.urgent && self.fails_guests(run.region.range(), &error) {
+                return false;
+            }
+            let action = self.job.on_error(Operation::Write, &error);
+            if action == Action::Report {
+                self.fail(JobError::Engine(error));
+                return false;
+            }
+            if !self.keeps_bytes {
+                // Read again later: a guest's own write may wait for the region meanwhile.
+                self.mark(run.region.range(), false);
+                if action == Action::Ignore {
+                    let now = self.job.core().now();
+                    self.retry_at.set(now.saturating_add(RETRY_DELAY_NS));
                 }
+                return false;
+            }
+            match action {
+                Action::Report => return false,
                 Action::Ignore => self.wait_parked(run.urgent, Some(RETRY_DELAY_NS)).await,
                 Action::Stop => self.wait_parked(run.urgent, None).await,
             }
