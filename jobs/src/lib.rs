@@ -6,6 +6,7 @@
 //! - `copy`: the one copy loop;
 //! - [`mirror`], [`backup`], [`stream`], [`commit`]: jobs, policy over that loop;
 //! - [`snapshot`], [`transaction`]: changes of the graph, atomic over disks and cores;
+//! - [`create`]: new files and images;
 //! - [`manager`]: ids, verbs, queries, how jobs end together.
 //!
 //! Knows neither QMP nor formats; everything stays on the core of the source.
@@ -22,6 +23,7 @@ mod chain_error;
 pub mod commit;
 mod commit_active;
 mod copy;
+pub mod create;
 mod drive;
 pub mod error;
 pub mod event;
@@ -48,8 +50,9 @@ pub use backup::start_backup;
 pub use bitmap_use::BitmapChoice;
 pub use chain_error::ChainError;
 pub use commit::{CommitSpec, start_commit};
+pub use create::{Creation, NewPlace, start_create};
 pub use drive::DriveTarget;
-pub use error::{BitmapRule, JobError, SnapshotError};
+pub use error::{BitmapRule, CreateError, JobError, SnapshotError};
 pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};
 pub use fleecing::{
     CopyBeforeWriteSpec, add_copy_before_write, add_snapshot_access, is_job_filter,

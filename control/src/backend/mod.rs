@@ -8,8 +8,10 @@
 //! Order rules at the end: 1. exports stop taking requests; 2. jobs are ended by force, with their
 //! events; 3. the exports are gone; 4. the answer to `quit` leaves; 5. nodes are closed.
 
+mod block_graph;
 mod chains;
 mod control;
+mod create;
 mod errors;
 mod events;
 mod exports;
@@ -19,7 +21,9 @@ mod jobs;
 mod nodes;
 mod objects;
 mod queries;
+mod reopen;
 mod sockets;
+mod verbs;
 
 pub use errors::Failure;
 pub use handle::{EngineBackend, Settings};

@@ -4,9 +4,10 @@
 //! the argument check. Does not: hold commands that the front-end answers itself.
 
 use super::{
-    BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange, BlockStream, BlockdevAmend,
-    BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot, BlockdevSnapshotSync, Drive,
-    NbdServerOptions, ObjectAdd, Transaction,
+    BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange, BlockResize, BlockStream,
+    BlockdevAmend, BlockdevBackup, BlockdevCreate, BlockdevMirror, BlockdevOptions, BlockdevReopen,
+    BlockdevSnapshot, BlockdevSnapshotSync, ChangeBackingFile, Drive, NbdServerOptions, ObjectAdd,
+    SetActive, Transaction, WriteThreshold,
 };
 
 /// What can be asked of a job without further arguments.
@@ -101,6 +102,20 @@ pub enum Command {
     DriveBackup(Box<Drive<BlockdevBackup>>),
     /// `x-blockdev-amend`.
     BlockdevAmend(BlockdevAmend),
+    /// `blockdev-create`.
+    BlockdevCreate(BlockdevCreate),
+    /// `change-backing-file`.
+    ChangeBackingFile(ChangeBackingFile),
+    /// `block-set-write-threshold`.
+    BlockSetWriteThreshold(WriteThreshold),
+    /// `blockdev-reopen`.
+    BlockdevReopen(BlockdevReopen),
+    /// `blockdev-set-active`.
+    BlockdevSetActive(SetActive),
+    /// `block_resize`.
+    BlockResize(BlockResize),
+    /// `x-debug-query-block-graph`.
+    QueryBlockGraph,
     /// `blockdev-snapshot`.
     BlockdevSnapshot(BlockdevSnapshot),
     /// `blockdev-snapshot-sync`.

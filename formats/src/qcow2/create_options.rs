@@ -131,6 +131,9 @@ impl CreateOptions {
             extended: self.extended_l2,
             external: self.data_file.is_some(),
         };
+        if i64::try_from(self.size).is_err() {
+            return Err(Reason::Create(CreateReason::Negative));
+        }
         if geometry.l1_entries(self.size).saturating_mul(ENTRY_BYTES) > L1_BYTES_MAX {
             return Err(Reason::Create(CreateReason::TooLarge));
         }

@@ -28,6 +28,7 @@ use super::pack::Packer;
 use super::room::Room;
 use super::snapshot::Snapshots;
 use super::state::{Health, Miss, State};
+use super::tuning::Tuning;
 use crate::reason::Reason;
 
 /// An open image.
@@ -191,6 +192,7 @@ impl Format for Qcow2 {
         Abilities {
             compress: (!external).then(packer),
             snapshots: Some(snapshots),
+            options: Some(Rc::new(Tuning(Rc::clone(&self.0)))),
             bitmaps: Some(Rc::new(Handle(Rc::clone(&self.0)))),
         }
     }

@@ -284,7 +284,7 @@ impl Design {
         }
         let storage = new.make(host).await?;
         let made = driver.create(host.core().clone(), storage, create).await;
-        made.map_err(|error| new.renamed(Failure::from(error).during(file)))?;
+        made.map_err(|error| new.renamed(refused(error).during(file)))?;
         Ok(sides)
     }
 
@@ -359,4 +359,14 @@ impl Design {
         }
         line
     }
+}
+
+/// A creation that failed, in the words of qemu-img where the size is what does not fit.
+fn refused(error: liveblk::Error) -> Failure {
+    if error.errno() != libc::EFBIG {
+        return Failure::from(error);
+    }
+    Failure::new(
+        "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
+    )
 }
