@@ -309,7 +309,7 @@ impl Design {
             let text = format!("The image size is too large for file format '{format}'");
             return Failure::new(text);
         }
-        Failure::from(error.clone())
+        refused(error.clone())
     }
 
     /// What the driver is asked for: the options under their QMP names.
@@ -385,4 +385,14 @@ impl Design {
         }
         line
     }
+}
+
+/// A creation that failed, in the words of qemu-img where the size is what does not fit.
+fn refused(error: liveblk::Error) -> Failure {
+    if error.errno() != libc::EFBIG {
+        return Failure::from(error);
+    }
+    Failure::new(
+        "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
+    )
 }
