@@ -72,6 +72,7 @@ impl Work {
             base,
             backing_file: None,
             mask_protocol: false,
+            filter_name: None,
         };
         match self {
             Self::Flatten => start_stream(stream(top, StreamTo::End)).await.map(drop),

@@ -35,6 +35,7 @@ fn commit(device: &Rc<Node>, top: &Rc<Node>, base: &Rc<Node>, job: JobOptions) -
         base: base.clone(),
         backing_file: None,
         mask_protocol: false,
+        filter_name: None,
     }
 }
 

@@ -48,6 +48,8 @@ pub struct CommitSpec {
     pub backing_file: Option<String>,
     /// Write the format "raw" where the base is a plain file.
     pub mask_protocol: bool,
+    /// The name under which queries show the job's filter node.
+    pub filter_name: Option<String>,
 }
 
 impl CommitSpec {
@@ -60,6 +62,7 @@ impl CommitSpec {
             base: Rc::clone(base),
             backing_file: None,
             mask_protocol: false,
+            filter_name: None,
         }
     }
 
@@ -103,6 +106,7 @@ pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
     spec.check()?;
     let nodes = spec.nodes()?;
     if spec.is_active() {
+        check_filter(&Graph::of(spec.top.core()), spec.filter_name.as_deref())?;
         return commit_active::start(spec, nodes).await;
     }
     let manager = JobManager::of(spec.top.core());
@@ -114,12 +118,23 @@ pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
     job.set_section(held.iter().map(|node| node.id()).collect());
     let section = Section::new(&graph);
     let idle = vouch(&section, &graph, &nodes);
-    if let Err(error) = hold(&section, &job, &nodes, false).await {
+    // As the peer: a job between is announced before its filter's name is looked at.
+    let named = check_filter(&graph, spec.filter_name.as_deref());
+    let held = match named {
+        Ok(()) => hold(&section, &job, &nodes, false).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = held {
         section.end().await;
         manager.withdraw(&job);
         return Err(error);
     }
     Ok(prepare(job, spec, section, Lot { nodes, idle }).commit())
+}
+
+/// Checks the name of a filter.
+pub(crate) fn check_filter(graph: &Graph, name: Option<&str>) -> Result<()> {
+    Ok(name.map_or(Ok(()), |name| graph.check_name(name))?)
 }
 
 /// The nodes that a commit concerns.

@@ -117,6 +117,28 @@ async def cancelled_on_the_way_keeps_the_chain(chain):
 pair(cancelled_on_the_way_keeps_the_chain, numbers=False)
 
 
+async def quit_cancels_it(chain):
+    await chain.cmd("block-stream", job_id="j", speed=1, **WHOLE)
+    await chain.daemon.wait_event("JOB_STATUS_CHANGE", id="j", status="running")
+
+pair(quit_cancels_it, name="quit_cancels_a_stream", numbers=False)
+
+
+async def paused_and_resumed(chain):
+    await chain.cmd("block-stream", job_id="j", speed=1, **WHOLE)
+    await chain.cmd("block-job-pause", device="j")
+    await chain.daemon.wait_event("JOB_STATUS_CHANGE", id="j", status="paused")
+    told = [await chain.refused("block-job-pause", device="j"),
+            await chain.refused("block-job-cancel", device="j"),
+            await chain.refused("job-finalize", id="j")]
+    await chain.cmd("block-job-set-speed", device="j", speed=0)
+    await chain.cmd("block-job-resume", device="j")
+    await chain.daemon.job_gone("j")
+    return told, await chain.nodes()
+
+pair(paused_and_resumed, name="stream_paused_and_resumed", numbers=False)
+
+
 async def busy_nodes(chain):
     """What is refused while a stream runs, in any case."""
     await chain.cmd("block-stream", job_id="j", speed=1, device="c", base_node="a")

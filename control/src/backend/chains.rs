@@ -76,11 +76,8 @@ impl Control {
             base,
             backing_file: job.backing_file,
             mask_protocol: job.backing_mask_protocol,
+            filter_name: job.filter_node_name,
         };
-        spec.check()?;
-        if let Some(name) = &job.filter_node_name {
-            self.graph.check_name(name)?;
-        }
         start_commit(spec).await?;
         Ok(())
     }
