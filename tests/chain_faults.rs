@@ -64,6 +64,7 @@ impl Work {
             to,
             backing_file: None,
             mask_protocol: false,
+            filter_name: None,
         };
         let commit = |top, base| CommitSpec {
             job: job.clone(),

@@ -24,6 +24,7 @@ fn stream(node: &Rc<Node>, to: StreamTo) -> StreamSpec {
         to,
         backing_file: None,
         mask_protocol: false,
+        filter_name: None,
     }
 }
 

@@ -29,7 +29,7 @@ use crate::event::Kind;
 use crate::job::Job;
 use crate::manager::JobManager;
 use crate::spec::JobOptions;
-use crate::start::{Body, HookSlot, LastStep, Prepared};
+use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
 use crate::txn::JobTxn;
 
 /// A commit to be started.
@@ -129,7 +129,7 @@ pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
         manager.withdraw(&job);
         return Err(error);
     }
-    Ok(prepare(job, spec, section, Lot { nodes, idle }).commit())
+    Ok(prepare(job, spec, section, Lot { nodes, idle })?.commit())
 }
 
 /// Checks the name of a filter.
@@ -209,7 +209,7 @@ pub(crate) fn granularity(base: &Node) -> u64 {
     }
 }
 
-fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Prepared {
+fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Result<Prepared> {
     let copy = Copy::new(CopySetup {
         job,
         source: Rc::clone(&spec.top),
@@ -224,13 +224,14 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
         bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });
+    show_filter(Kind::Commit, &copy, spec.filter_name.as_deref())?;
     let slot = HookSlot::empty(&spec.top);
     let commit = Rc::new(Commit { copy: Rc::clone(&copy), spec, lot });
     let (held, inner) = (Rc::clone(&section), Rc::clone(&copy));
     let body: Body = Box::pin(async move {
         with_section(held, inner, async move { commit.run(section).await }).await
     });
-    Prepared { copy, slot, body, opened: None }
+    Ok(Prepared { copy, slot, body, opened: None })
 }
 
 struct Commit {

@@ -5,7 +5,7 @@ import asyncio
 
 from rig import images
 from rig.cases import case
-from rig.chains import make, pair, state_of
+from rig.chains import filters_of, make, pair, state_of
 from rig.guest import prove_latest
 
 
@@ -173,6 +173,19 @@ async def active_finalized_by_hand(chain):
     return await chain.nodes()
 
 pair(active_finalized_by_hand, name="active_commit_finalized_by_hand", content="a")
+
+
+async def the_filter_is_shown(chain):
+    shown = []
+    for arguments in ({"top_node": "c", "filter_node_name": "f"}, {"filter_node_name": "g"}):
+        mark = chain.daemon.mark()
+        await chain.cmd("block-commit", job_id="j", device="d", speed=1, **arguments)
+        shown.append(await filters_of(chain))
+        await chain.cmd("job-cancel", id="j")
+        await chain.daemon.job_gone("j", since=mark)
+    return shown, await filters_of(chain)
+
+pair(the_filter_is_shown, name="the_filter_of_a_commit_is_shown", numbers=False, content="d")
 
 
 async def commits_in_any_order(chain):

@@ -2,7 +2,7 @@
 
 from rig import images
 from rig.cases import case
-from rig.chains import make, pair, state_of
+from rig.chains import filters_of, make, pair, state_of
 from rig.guest import prove_latest
 
 WHOLE = {"device": "d"}
@@ -137,6 +137,21 @@ async def paused_and_resumed(chain):
     return told, await chain.nodes()
 
 pair(paused_and_resumed, name="stream_paused_and_resumed", numbers=False)
+
+
+async def the_filter_is_shown(chain):
+    await chain.cmd("block-stream", job_id="j", speed=1, filter_node_name="f", **WHOLE)
+    shown = [await filters_of(chain)]
+    await chain.cmd("job-cancel", id="j")
+    await chain.daemon.job_gone("j")
+    mark = chain.daemon.mark()
+    await chain.cmd("block-stream", job_id="j", speed=1, device="c")
+    shown.append(await filters_of(chain))
+    await chain.cmd("job-cancel", id="j")
+    await chain.daemon.job_gone("j", since=mark)
+    return shown, await filters_of(chain)
+
+pair(the_filter_is_shown, name="the_filter_of_a_stream_is_shown", numbers=False)
 
 
 async def busy_nodes(chain):

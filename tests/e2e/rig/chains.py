@@ -44,6 +44,13 @@ class Chain:
                 for n in found if n["drv"] in ("qcow2", "raw") and n["node-name"][0] != "#"]
 
 
+async def filters_of(chain):
+    """The filter nodes that queries show: name (of those with one), driver."""
+    found = await chain.daemon.cmd("query-named-block-nodes", flat=True, recorded=False)
+    return [(n["node-name"].strip("0123456789"), n["drv"]) for n in found
+            if n["drv"] not in ("qcow2", "raw", "file")]
+
+
 async def make(world, sizes=(8, 8, 8, 8), base="qcow2", implicit=False, top="d", small=None,
                **extra):
     """Makes the files and opens them: one node per layer, or only the top by name.
