@@ -79,7 +79,13 @@ pub(crate) struct JobFilter {
 impl JobFilter {
     /// Shows a filter called `name` above the source of `copy`.
     pub(crate) fn add(kind: Kind, copy: &Rc<Copy>, name: Option<&str>) -> Result<Self> {
-        let driver = if kind == Kind::Backup { "copy-before-write" } else { "mirror_top" };
+        let driver = match kind {
+            Kind::Backup => "copy-before-write",
+            Kind::Stream => "copy-on-read",
+            // An active commit is a mirror, for the peer.
+            Kind::Commit if copy.job().nodes().is_none() => "commit_top",
+            _ => "mirror_top",
+        };
         let below = Rc::clone(copy.source());
         let graph = Graph::of(below.core());
         let kept = (kind == Kind::Backup).then(|| Rc::clone(copy));

@@ -58,15 +58,21 @@ impl Control {
         // In the peer a job's filter stands between a guest and the source.
         let is_source = |user: &User| matches!(user, User::Job { role: Role::Source, .. });
         let below_filter = users.iter().any(is_source);
+        let is_below = users.iter().any(|user| matches!(user, User::Overlay { .. }));
         let fronts = |user: &User| match user {
             User::Guest { .. } => !below_filter,
-            User::Job { kind, role: Role::Target, .. } => *kind == "mirror",
+            User::Job { kind, role: Role::Target, .. } => matches!(*kind, "mirror" | "commit"),
+            // The top of a commit is in the middle of its chain, or guests write it.
+            User::Job { kind, role: Role::Source, .. } => *kind == "commit" && is_below,
             _ => false,
         };
         let refusal = if users.iter().any(fronts) {
             Some(GraphError::InUse(name.to_owned()))
         } else {
-            users.iter().find_map(|user| blocker(name, user))
+            // Jobs are named first.
+            let (jobs, others): (Vec<_>, Vec<_>) =
+                users.iter().partition(|user| matches!(user, User::Job { .. }));
+            jobs.into_iter().chain(others).find_map(|user| blocker(name, user))
         };
         if let Some(refusal) = refusal {
             return Err(liveblk_engine::Error::from(refusal).into());

@@ -8,7 +8,7 @@ use liveblk_engine::node::{Origin, WriteFlags, ZeroFlags};
 
 use super::state::{Copy, Flight};
 use crate::error::JobError;
-use crate::event::{Action, Operation};
+use crate::event::{Action, Kind, Operation};
 use crate::limits::{RETRY_DELAY_NS, UNIT_DISK};
 use crate::region::Region;
 
@@ -37,6 +37,8 @@ impl Copy {
                 self.note_landed(range);
                 drop(run);
                 flight.landed();
+            } else {
+                self.not_done(&run);
             }
             return;
         }
@@ -58,7 +60,7 @@ impl Copy {
             let content =
                 if bytes.is_zero() { Content::Zeroes(piece.len) } else { Content::Bytes(bytes) };
             if !self.put(&run, piece, content).await {
-                return;
+                return self.not_done(&run);
             }
         }
         if self.discard_source && !run.urgent {
@@ -69,6 +71,13 @@ impl Copy {
         self.note_landed(range);
         drop(run);
         flight.landed();
+    }
+
+    /// What a job on a chain did not bring to its place is left, when it tells its end.
+    fn not_done(&self, run: &Run) {
+        if matches!(self.job.kind(), Kind::Commit) && self.is_dead() {
+            self.mark(run.region.range(), false);
+        }
     }
 
     /// Bytes that copy-before-write reads at once: its granules are never read in two halves.
