@@ -127,6 +127,10 @@ pub const SNAPSHOT_WINDOW: u64 = 64 << 10;
 /// Runs of freed clusters that one change of all tables gives back to the storage at most.
 pub const SWITCH_PUNCH_RUNS_MAX: usize = 65_536;
 
+/// Clusters that a change of all tables remembers because a further reference to them cannot be
+/// counted before another one goes.
+pub const SWITCH_DEFERRED_MAX: usize = 65_536;
+
 /// Clusters of snapshot tables, their L1 tables and the bitmap directory that one image guards
 /// against overlaps.
 pub const INACTIVE_CLUSTERS_MAX: u64 = 1 << 18;

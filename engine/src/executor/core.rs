@@ -43,13 +43,23 @@ struct Inner {
 
 impl Core {
     pub(crate) fn new(id: CoreId, driver: Box<dyn Driver>, mailboxes: Arc<[Arc<Mailbox>]>) -> Self {
+        Self::with_pool(id, driver, mailboxes, Pool::new())
+    }
+
+    /// A core whose buffers come from `pool`, which was another core's before.
+    pub(crate) fn with_pool(
+        id: CoreId,
+        driver: Box<dyn Driver>,
+        mailboxes: Arc<[Arc<Mailbox>]>,
+        pool: Pool,
+    ) -> Self {
         Self(Rc::new(Inner {
             id,
             driver: RefCell::new(driver),
             ops: RefCell::default(),
             tasks: Tasks::default(),
             timers: Timers::default(),
-            pool: Pool::new(),
+            pool,
             mailboxes,
             done: RefCell::default(),
             extensions: RefCell::default(),

@@ -1,8 +1,8 @@
 //! Storage in memory: for tests, for embedders without files, and as the smallest implementation.
 //!
-//! Pages are allocated when first written; everything else reads as zeroes. Operations take effect
-//! at the call. A fault can be planted: from the N-th write on, an errno. The size can be fixed, as
-//! a device's.
+//! Pages are allocated when first written; everything else reads as zeroes. Copies share pages
+//! until one of them writes. Operations take effect at the call. A fault can be planted: from the
+//! N-th write on, an errno. The size can be fixed, as a device's.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -14,10 +14,13 @@ use crate::error::{Error, Result};
 
 const PAGE: u64 = 4096;
 
+/// The bytes of a page, shared with copies.
+pub(crate) type Page = Rc<[u8; PAGE as usize]>;
+
 /// Bytes in memory with a size.
 #[derive(Debug, Default)]
 pub struct Memory {
-    pages: RefCell<BTreeMap<u64, Box<[u8; PAGE as usize]>>>,
+    pages: RefCell<BTreeMap<u64, Page>>,
     size: Cell<u64>,
     /// Writes until the planted fault, and its errno.
     fault: Cell<Option<(u64, i32)>>,
@@ -47,14 +50,24 @@ impl Memory {
     pub fn from_bytes(bytes: &[u8]) -> Rc<Self> {
         let memory = Self::new(bytes.len() as u64);
         let pages = (0_u64..).zip(bytes.chunks(PAGE as usize)).map(|(page, part)| {
-            let mut whole = Box::new([0; PAGE as usize]);
-            for (to, from) in whole.iter_mut().zip(part) {
-                *to = *from;
-            }
-            (page, whole)
+            let mut whole = [0; PAGE as usize];
+            whole.split_at_mut(part.len()).0.copy_from_slice(part);
+            (page, Rc::new(whole))
         });
         memory.pages.replace(pages.collect());
         memory
+    }
+
+    /// `size` bytes in these pages; what they do not have is zeroes.
+    pub(crate) fn from_pages(pages: BTreeMap<u64, Page>, size: u64) -> Rc<Self> {
+        let memory = Self::new(size);
+        memory.pages.replace(pages);
+        memory
+    }
+
+    /// The same bytes, without a fault; cheap, and from now on independent.
+    pub fn copy(&self) -> Rc<Self> {
+        Self::from_pages(self.pages.borrow().clone(), self.size())
     }
 
     /// All bytes, for instance to go on with a copy.
@@ -125,8 +138,8 @@ impl Memory {
             self.traffic.set(Traffic { written: before.written + buf.len() as u64, ..before });
             let mut pages = self.pages.borrow_mut();
             each_page(offset, buf.len(), |page, within, at, len| {
-                let bytes = pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
-                if let Some(target) = bytes.get_mut(within..within + len) {
+                let bytes = pages.entry(page).or_insert_with(|| Rc::new([0; PAGE as usize]));
+                if let Some(target) = Rc::make_mut(bytes).get_mut(within..within + len) {
                     buf.copy_to(at, target);
                 }
             });
@@ -144,8 +157,9 @@ impl Memory {
         let len_here = usize::try_from(len).map_err(|_| Error::os(libc::EFBIG, "write zeroes"))?;
         let mut pages = self.pages.borrow_mut();
         each_page(offset, len_here, |page, within, _, part| {
-            if let Some(target) =
-                pages.get_mut(&page).and_then(|bytes| bytes.get_mut(within..within + part))
+            if let Some(target) = pages
+                .get_mut(&page)
+                .and_then(|bytes| Rc::make_mut(bytes).get_mut(within..within + part))
             {
                 target.fill(0);
             }
@@ -177,7 +191,7 @@ impl Memory {
             drop(pages.split_off(&size.div_ceil(PAGE)));
             let within = usize::try_from(size % PAGE).expect("invariant: below a page");
             if let Some(tail) =
-                pages.get_mut(&(size / PAGE)).and_then(|bytes| bytes.get_mut(within..))
+                pages.get_mut(&(size / PAGE)).and_then(|page| Rc::make_mut(page).get_mut(within..))
             {
                 tail.fill(0);
             }

@@ -350,6 +350,7 @@ impl Image {
         }
         let checked = self.state.borrow().header.check_features(true);
         checked.map_err(|reason| self.error(reason, "open"))?;
+        self.storage.flush().await?;
         if self.state.borrow().header.dirty() {
             repair_dirty(&self.core, &self.storage).await?;
         }

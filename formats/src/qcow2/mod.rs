@@ -9,7 +9,8 @@
 //!    trace (`tables`, `reftable`);
 //! 5. snapshots and smaller sizes change all tables at once, by one sector (`switch`);
 //! 6. header changes are one sector, or are written where the old header does not look first
-//!    (`rewrite`).
+//!    (`rewrite`);
+//! 7. what an earlier writer left is durable before a writer reads it (`open`, `repair`).
 //!
 //! What this version does not do is refused by name: see `header`.
 

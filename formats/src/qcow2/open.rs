@@ -1,5 +1,10 @@
 //! Opening an image: header first, then the two tables that stay in memory.
 //!
+//! Order: whoever is about to write waits for a barrier before he reads. The writer before may have
+//! been killed, or have failed, before one: what he left shows and is not durable. A mark that a
+//! power cut takes back protects nothing, and what a new table gave up is what the old one, which
+//! comes back then, refers to.
+//!
 //! Nothing is allocated before the header's bounds are checked; damaged entries of the tables do
 //! not stop an open, they give errors where they are used.
 
@@ -150,6 +155,9 @@ pub(super) async fn open(open: OpenImage, options: Options) -> Result<Rc<Image>>
     let options = options.with(&open.options);
     let refuse = |fault| Reason::Option(fault).error("open").on(storage.name());
     let options = options.map_err(refuse)?;
+    if writable {
+        storage.flush().await?;
+    }
     let mut header = read_header(&core, &storage).await?;
     let name = filename.to_string_lossy().into_owned();
     let checked = header.check_features(writable);

@@ -53,6 +53,8 @@ enum Way {
 /// # Errors
 /// As [`check`]; if a write fails; if only leaks are to be repaired, but the refcounts are damaged.
 pub async fn repair(core: &Core, storage: &Storage, what: Repair) -> Result<CheckReport> {
+    // What is judged is what a power cut leaves.
+    storage.flush().await?;
     let header = read_header_for_check(core, storage).await?;
     let before = {
         let mut survey = Survey::new(core, storage, &header, what == Repair::All)?;

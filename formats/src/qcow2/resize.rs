@@ -4,8 +4,9 @@
 //! clusters are taken and counted, everything dirty is written out, the new table is written,
 //! barrier, one sector of the header changes L1 size and offset, the old clusters are freed; (3)
 //! the last cluster's bytes behind the old end become zeroes, entries behind it that hide what the
-//! layers below hold or that are preallocated are made; (4) flush; (5) one sector of the header
-//! changes the size. Until (5) nobody can see what (3) made.
+//! layers below hold or that are preallocated are made (with a raw data file all are: what is in
+//! it shows, also after a cut); (4) flush; (5) one sector of the header changes the size. Until (5)
+//! nobody can see what (3) made.
 
 use std::rc::Rc;
 
@@ -88,6 +89,7 @@ impl Image {
         if mode != Preallocation::Off {
             self.preallocate(whole, to.size, mode).await?;
         }
+        self.fit_data_file(to.size).await?;
         Rc::clone(self).flush().await?;
         self.update_header(|header| {
             header.size = to.size;

@@ -309,6 +309,8 @@ impl Switch<'_> {
     /// bits.
     async fn replace(&mut self, mut target: Vec<u64>, old: &[u64]) -> Result<Vec<u64>> {
         let geometry = self.image.geometry;
+        // Clusters of packed data move from one entry to another.
+        self.defers = true;
         for index in 0..target.len().max(old.len()) {
             let raw = target.get(index).copied().unwrap_or(0);
             let found = self.image.snapshot_l2(index, raw);
@@ -344,6 +346,7 @@ impl Switch<'_> {
                 self.change(geometry.host_cluster(host), false).await?;
             }
         }
+        self.check_deferred()?;
         Ok(target)
     }
 

@@ -18,6 +18,7 @@
 //! places of refcount blocks alone; a failure puts these back and gives all new clusters back.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::rc::Rc;
 
 use liveblk_engine::Result;
@@ -30,7 +31,7 @@ use super::header::Header;
 use super::image::Image;
 use super::layout::{HostCluster, Run};
 use super::state::{Health, Meta, State};
-use crate::limits::{ALLOC_CLUSTERS_MAX, SWITCH_PUNCH_RUNS_MAX};
+use crate::limits::{ALLOC_CLUSTERS_MAX, SWITCH_DEFERRED_MAX, SWITCH_PUNCH_RUNS_MAX};
 use crate::reason::Reason;
 
 /// New tables beside the old ones; `publish` or `undo` ends it.
@@ -48,6 +49,10 @@ pub(super) struct Switch<'a> {
     order: Vec<u64>,
     /// Leave out refcount blocks that count nothing but themselves.
     pub(super) drops_empty_blocks: bool,
+    /// Let a reference that cannot be counted wait for one of its cluster that is taken away.
+    pub(super) defers: bool,
+    /// References that wait, by cluster.
+    deferred: BTreeMap<u64, u64>,
     /// What became free, to be given back to the storage (as far as there is room to remember).
     punch: Vec<Run>,
     _frees: MutexGuard<'a, ()>,
@@ -86,6 +91,8 @@ impl<'a> Switch<'a> {
             moved: BTreeMap::new(),
             order: Vec::new(),
             drops_empty_blocks: false,
+            defers: false,
+            deferred: BTreeMap::new(),
             punch: Vec::new(),
             _frees: frees,
         };
@@ -132,6 +139,10 @@ impl<'a> Switch<'a> {
                     let host = geometry.host(cluster);
                     let new = match (up, count) {
                         (true, count) if count >= max => {
+                            if self.defers && self.deferred.len() < SWITCH_DEFERRED_MAX {
+                                *self.deferred.entry(cluster.0).or_default() += 1;
+                                return Ok(count);
+                            }
                             let bits = geometry.refcount_bits();
                             let reason = Reason::RefcountOverflow(bits, host);
                             return Err(self.image.error(reason, "count a reference"));
@@ -141,6 +152,7 @@ impl<'a> Switch<'a> {
                             return self.image.judge(Err(Reason::Refcount(host)));
                         }
                         (true, count) => count + 1,
+                        (false, count) if self.takes_deferred(cluster) => count,
                         (false, count) => count - 1,
                     };
                     state.set_refcount(cluster, new);
@@ -156,6 +168,24 @@ impl<'a> Switch<'a> {
             }
             self.load(cluster).await?;
         }
+    }
+
+    /// Whether a reference to `cluster` waited, which takes the place of one that goes.
+    fn takes_deferred(&mut self, cluster: HostCluster) -> bool {
+        let Entry::Occupied(mut waiting) = self.deferred.entry(cluster.0) else { return false };
+        *waiting.get_mut() -= 1;
+        if *waiting.get() == 0 {
+            waiting.remove();
+        }
+        true
+    }
+
+    /// Refuses the change if references still wait.
+    pub(super) fn check_deferred(&self) -> Result<()> {
+        let Some(cluster) = self.deferred.keys().next() else { return Ok(()) };
+        let host = self.image.geometry.host(HostCluster(*cluster));
+        let reason = Reason::RefcountOverflow(self.image.geometry.refcount_bits(), host);
+        Err(self.image.error(reason, "count a reference"))
     }
 
     /// Takes one reference from each cluster of `run`.

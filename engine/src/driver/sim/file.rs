@@ -95,6 +95,14 @@ impl SimFile {
         Self { live: content.clone(), durable: content, log: Vec::new(), revision: 0 }
     }
 
+    /// The file for the next machine run of the same memory: nobody is writing, and what is not
+    /// durable waits for a sync.
+    pub(super) fn left_behind(&self) -> Self {
+        let mut file = self.clone();
+        file.log.iter_mut().for_each(|entry| entry.op = 0);
+        file
+    }
+
     pub(super) fn write(&mut self, op: u64, offset: u64, bytes: Vec<u8>) {
         let end = offset + bytes.len() as u64;
         if end > self.live.size {

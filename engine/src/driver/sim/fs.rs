@@ -13,6 +13,7 @@ use std::rc::Rc;
 use super::file::{Content, Covered, SimFile};
 use super::pages::PAGE;
 use super::rng::Rng;
+use crate::storage::Memory;
 
 /// How a simulated file system behaves.
 #[derive(Clone, Debug)]
@@ -122,6 +123,13 @@ impl SimFs {
         Some(bytes)
     }
 
+    /// The file as it is now, as memory; its pages are shared until somebody writes.
+    pub fn memory(&self, path: impl AsRef<Path>) -> Option<Rc<Memory>> {
+        let state = self.0.borrow();
+        let content = &state.file(path.as_ref())?.live;
+        Some(Memory::from_pages(content.pages.all(), content.size))
+    }
+
     /// Bytes of the file at `offset`; zeroes beyond its end. False if there is no such file.
     pub fn read_at(&self, path: impl AsRef<Path>, offset: u64, bytes: &mut [u8]) -> bool {
         let state = self.0.borrow();
@@ -228,6 +236,15 @@ impl SimFs {
         let files = state.files.iter();
         let files =
             files.map(|(inode, file)| (*inode, SimFile::durable(file.live.clone()))).collect();
+        Self::from_state(state.restarted(files, state.names.clone()))
+    }
+
+    /// The same for those who go on and lose the power later: everything written shows, and what no
+    /// sync covered is not durable yet.
+    pub fn left_behind(&self) -> Self {
+        let state = self.0.borrow();
+        let files = state.files.iter();
+        let files = files.map(|(inode, file)| (*inode, file.left_behind())).collect();
         Self::from_state(state.restarted(files, state.names.clone()))
     }
 

@@ -9,7 +9,7 @@ use std::rc::Rc;
 pub(super) const PAGE: u64 = 4096;
 const PAGE_LEN: usize = 4096;
 
-type Page = Rc<[u8; PAGE_LEN]>;
+pub(super) type Page = Rc<[u8; PAGE_LEN]>;
 
 /// The pages of a file.
 #[derive(Clone, Debug, Default)]
@@ -58,6 +58,11 @@ impl Pages {
     /// Indexes of the pages present that overlap the range.
     pub(super) fn present(&self, offset: u64, end: u64) -> impl Iterator<Item = u64> + '_ {
         self.0.range(offset / PAGE..end.div_ceil(PAGE)).map(|(page, _)| *page)
+    }
+
+    /// All pages, shared with the caller.
+    pub(super) fn all(&self) -> BTreeMap<u64, Page> {
+        self.0.clone()
     }
 
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) {

@@ -14,6 +14,7 @@ use super::driver::SimDriver;
 use super::fs::SimFs;
 use super::hold::{Hold, HoldPoint, HoldState};
 use super::kernel::{Kernel, Rule};
+use crate::buf::Pool;
 use crate::driver::Nanos;
 use crate::executor::{Class, Core, CoreId, Handle, Mailbox, RemoteCall};
 
@@ -36,14 +37,21 @@ impl Sim {
 
     /// A world on `fs`, for instance on what a power cut left.
     pub fn with_fs(config: SimConfig, fs: SimFs) -> Self {
+        Self::with_pool(config, fs, Pool::new())
+    }
+
+    /// A world on `fs` whose first core takes its buffers from `pool`, that of an earlier world:
+    /// memory is not fresh then, which is cheaper, and new buffers hold what others left in them.
+    pub fn with_pool(config: SimConfig, fs: SimFs, pool: Pool) -> Self {
         let mailboxes: Arc<[Arc<Mailbox>]> =
             (0..config.cores.max(1)).map(|_| Arc::new(Mailbox::new(None))).collect();
         let (seed, steps_max) = (config.seed, config.steps_max);
         let kernel = Rc::new(RefCell::new(Kernel::new(config, fs, Arc::clone(&mailboxes))));
         let core = |index: usize| {
             let id = CoreId(u32::try_from(index).expect("invariant: few cores"));
-            let driver = SimDriver::new(index, &kernel);
-            Core::new(id, Box::new(driver), Arc::clone(&mailboxes))
+            let driver = Box::new(SimDriver::new(index, &kernel));
+            let pool = if index == 0 { pool.clone() } else { Pool::new() };
+            Core::with_pool(id, driver, Arc::clone(&mailboxes), pool)
         };
         let cores = (0..mailboxes.len()).map(core).collect();
         Self { cores, kernel, mailboxes, seed, steps: 0, steps_max }

@@ -135,7 +135,7 @@ fn what_the_peer_wrote_we_read() {
             let format = open_with(&core, storage, data).await.expect("opens");
             let facts = format.info().specific;
             assert!(facts.contains(&("data-file", InfoValue::Text(name))), "{facts:?}");
-            Disk { core, format, below: |_| 0 }.read(0, 9 * MIB).await.expect("reads")
+            Disk { core, format, below: |_| 0, even: false }.read(0, 9 * MIB).await.expect("reads")
         });
         assert!(read == expected, "{creation}");
     }
@@ -312,4 +312,37 @@ fn data_that_was_not_flushed_is_not_mapped_after_a_power_cut() {
             assert_eq!(later, vec![0; 65536], "the mapping was not written");
         });
     }
+}
+
+/// What is in a raw data file shows, also if a cut took the mapping of a write that was not
+/// flushed: therefore all of it is mapped, as the peer does it, the part that was added too.
+#[test]
+fn all_of_a_raw_data_file_is_mapped_also_after_growth() {
+    calm(|core| async move {
+        let options =
+            CreateOptions { data_file_raw: true, cluster_size: 4096, ..external(5 * 4096 + 512) };
+        let (disk, _) = image(&core, options).await;
+        for size in [5 * 4096 + 512, 9 * 4096 + 1024, 3 * 4096, 3 * 4096 + 512, 40 * 4096] {
+            disk.format.resize(size).await.expect("is resized");
+            let mut extents = liveblk_engine::format::Extents::new();
+            let all = liveblk_engine::address::GuestRange::new(0, size);
+            while extents.iter().any(|extent| matches!(extent.mapping, Mapping::Miss(_)))
+                || extents.is_empty()
+            {
+                disk.read(0, size).await.expect("reads");
+                extents.clear();
+                drop(disk.format.resolve(all, &mut extents));
+            }
+            let mapped = extents.iter().all(|extent| matches!(extent.mapping, Mapping::Data(_)));
+            assert!(mapped, "{size}: {extents:?}");
+            assert_eq!(
+                disk.format.data_storage().size(),
+                size,
+                "the data file is as long as the disk"
+            );
+        }
+        disk.format.close().await.expect("closes");
+        let report = check(&core, &file(&core, "/image", false).await).await.expect("is checked");
+        assert!(report.is_clean(), "{:?}", report.problems);
+    });
 }

@@ -4,10 +4,13 @@
 //! Rules: a version that certainly happened (`sure`) hides the older ones from readers; after a cut
 //! any version may show that is not older than the last sure one that had ended when an answered
 //! flush began. A failed request and a discard may have happened in each sector or not. A set of
-//! snapshots is durable when the change of it was answered, and so is what an apply brought back.
+//! snapshots is durable when the change of it was answered, and so is what an apply brought back,
+//! and the set of bitmaps. A change that was refused changed nothing.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+
+use super::marks::{self, FoundMark, Mark, Marks};
 
 /// Bytes of the unit that is told apart.
 pub(super) const SECTOR: u64 = 512;
@@ -64,6 +67,10 @@ pub(super) struct Ledger {
     sectors: Vec<Vec<Version>>,
     sizes: Register<u64>,
     sets: Register<Rc<Set>>,
+    /// The sets of bitmaps that may be in the file, the one that shows last.
+    marks: Vec<Marks>,
+    /// The image is being closed.
+    storing: bool,
     now: Tick,
     next: Value,
     revision: u64,
@@ -80,8 +87,8 @@ pub(super) fn sector_bytes(value: Value) -> [u8; 512] {
 
 /// The value that a sector's bytes show; none if they are not of one piece.
 pub(super) fn value_of(sector: &[u8]) -> Option<Value> {
-    let (first, _) = sector.split_first_chunk::<8>()?;
-    let one = sector.chunks(8).all(|word| word == first);
+    let (first, rest) = sector.split_first_chunk::<8>()?;
+    let one = *rest == sector[..rest.len()];
     one.then(|| Value::from_be_bytes(*first))
 }
 
@@ -95,6 +102,8 @@ impl Ledger {
             sectors,
             sizes: Register::new(size),
             sets: Register::new(Rc::default()),
+            marks: vec![Marks::new()],
+            storing: false,
             now: 1,
             next: 1 << 40,
             revision: 0,
@@ -134,7 +143,12 @@ impl Ledger {
         for versions in self.span(first, count) {
             versions.push(Version { value, begin, end: NEVER, sure: false });
         }
+        self.each_mark(|mark| mark.begin(first, count));
         begin
+    }
+
+    fn each_mark(&mut self, change: impl FnMut(&mut Mark)) {
+        self.marks.iter_mut().flat_map(BTreeMap::values_mut).for_each(change);
     }
 
     /// The change `id` was answered; `sure` if it certainly happened in each sector.
@@ -144,6 +158,9 @@ impl Ledger {
             for version in versions.iter_mut().rev().filter(|version| version.begin == id) {
                 (version.end, version.sure) = (end, sure);
             }
+        }
+        if sure {
+            self.each_mark(|mark| mark.end(first, count));
         }
     }
 
@@ -204,6 +221,7 @@ impl Ledger {
         if sure {
             self.sizes = Register { versions: vec![(new, now)] };
             self.sectors[new as usize..].iter_mut().for_each(|versions| *versions = vec![ZERO]);
+            self.each_mark(|mark| mark.resize(new));
             return;
         }
         let old = *self.sizes.live();
@@ -213,6 +231,54 @@ impl Ledger {
         self.sizes.versions.push((size, NEVER - 1));
         for versions in &mut self.sectors[new as usize..] {
             versions.push(Version { end: now, begin: now, sure: false, ..ZERO });
+        }
+    }
+
+    /// The image is being closed, or becomes read-only.
+    pub(super) fn store_begins(&mut self) {
+        self.tick();
+        self.storing = true;
+    }
+
+    /// All that bitmaps recorded is in the file.
+    pub(super) fn stored(&mut self) {
+        self.tick();
+        self.storing = false;
+        self.each_mark(Mark::stored);
+    }
+
+    /// The bitmaps now.
+    pub(super) fn marks(&self) -> &Marks {
+        self.marks.last().expect("invariant: never empty")
+    }
+
+    /// The set of bitmaps is about to become `marks`.
+    pub(super) fn marks_begin(&mut self, marks: Marks) {
+        self.tick();
+        self.marks.push(marks);
+    }
+
+    /// The change of the bitmaps was answered: for sure, or readers see the new or the old set.
+    pub(super) fn marks_end(&mut self, sure: bool, shows: bool) {
+        self.tick();
+        let last = self.marks.len() - 1;
+        if sure {
+            self.marks.drain(..last);
+        } else if !shows {
+            self.marks.swap(last, last - 1);
+        }
+    }
+
+    /// The image was opened and shows these bitmaps, the lost ones as such. What a failure left in
+    /// doubt before may be as in any of the sets.
+    pub(super) fn opened(&mut self, lost: &BTreeMap<String, bool>) {
+        let fits = |marks: &Marks| marks.keys().eq(lost.keys());
+        let at = self.marks.iter().rposition(fits);
+        let at = at.unwrap_or_else(|| panic!("bitmaps {lost:?} are not as in {:?}", self.marks));
+        let last = self.marks.len() - 1;
+        self.marks.swap(at, last);
+        for ((name, mark), lost) in self.marks[last].iter_mut().zip(lost.values()) {
+            mark.opened(*lost).unwrap_or_else(|wrong| panic!("bitmap {name} {wrong}"));
         }
     }
 
@@ -288,6 +354,11 @@ impl Ledger {
 
     /// Judges what a power cut left.
     pub(super) fn survived(&self, found: &Found) -> Result<(), String> {
+        if found.raw.as_ref().is_some_and(|raw| *raw != found.values) {
+            let pairs = || found.values.iter().zip(found.raw.iter().flatten());
+            let at = pairs().position(|(ours, raw)| ours != raw);
+            return Err(format!("a raw data file is not the disk: sector {at:?}"));
+        }
         let sizes: Vec<u64> = self.sizes.versions.iter().map(|(size, _)| *size).collect();
         if !sizes.contains(&found.size) {
             return Err(format!("size {} is not in {sizes:?}", found.size));
@@ -305,6 +376,11 @@ impl Ledger {
             let names: Vec<_> = found.snapshots.keys().collect();
             return Err(format!("snapshots {names:?} are not as in {known:?}"));
         }
+        let judge = |marks: &Marks| marks::judge(marks, &found.marks, &found.values, self.storing);
+        let judged: Vec<_> = self.marks.iter().map(judge).collect();
+        if judged.iter().all(Result::is_err) {
+            return Err(judged.into_iter().filter_map(Result::err).collect::<Vec<_>>().join("; "));
+        }
         Ok(())
     }
 
@@ -313,6 +389,11 @@ impl Ledger {
         let mut after = Self::new(found.values.iter().map(|value| value.unwrap_or(0)));
         let set = self.sets.versions.iter().find(|(set, _)| found.has(set));
         after.sets = Register::new(set.map(|(set, _)| Rc::clone(set)).unwrap_or_default());
+        let judge = |marks: &Marks| marks::judge(marks, &found.marks, &found.values, self.storing);
+        let fits = self.marks.iter().find(|marks| judge(marks).is_ok());
+        let mut marks = fits.cloned().unwrap_or_default();
+        marks::restart(&mut marks, &found.marks, found.size);
+        after.marks = vec![marks];
         (after.now, after.next, after.revision) = (self.now, self.next, self.revision + 1);
         for versions in &mut after.sectors {
             versions[0].end = 0;
@@ -330,6 +411,10 @@ pub(super) struct Found {
     pub(super) values: Vec<Option<Value>>,
     /// Per snapshot, the values of its sectors.
     pub(super) snapshots: BTreeMap<String, Vec<Option<Value>>>,
+    /// Its bitmaps.
+    pub(super) marks: BTreeMap<String, FoundMark>,
+    /// What a raw data file shows without the image, per sector.
+    pub(super) raw: Option<Vec<Option<Value>>>,
 }
 
 impl Found {

@@ -16,6 +16,8 @@ use liveblk_engine::storage::{File, FileOptions, Storage, sync_folder_of};
 
 use crate::qcow2::{Options, Qcow2Driver};
 
+const SECTOR: u64 = 512;
+
 /// What the layers below hold: a function of the byte's position, 0 where there is no layer.
 pub(super) type Below = fn(u64) -> u8;
 
@@ -25,6 +27,8 @@ pub(super) struct Disk {
     pub(super) core: Core,
     pub(super) format: Rc<dyn Format>,
     pub(super) below: Below,
+    /// Whether the bytes of a sector below are all equal.
+    pub(super) even: bool,
 }
 
 /// A calm world for one test.
@@ -60,7 +64,8 @@ fn data_file_opener(core: &Core) -> OpenData {
     })
 }
 
-/// Opens the image in `storage`; space that guests give up goes back.
+/// Opens the image in `storage`; space that guests give up goes back; its data file, if it has one,
+/// by its name.
 pub(super) async fn open(core: &Core, storage: Storage, writable: bool) -> Result<Disk> {
     open_with(core, storage, writable, &[]).await
 }
@@ -72,6 +77,27 @@ pub(super) async fn open_with(
     writable: bool,
     options: &[(&str, InfoValue)],
 ) -> Result<Disk> {
+    let data = DataSource::FromHeader(data_file_opener(core));
+    open_all(core, storage, data, writable, options).await
+}
+
+/// Opens the image in `storage` with its data where `data` says.
+pub(super) async fn open_data(
+    core: &Core,
+    storage: Storage,
+    data: DataSource,
+    writable: bool,
+) -> Result<Disk> {
+    open_all(core, storage, data, writable, &[]).await
+}
+
+async fn open_all(
+    core: &Core,
+    storage: Storage,
+    data: DataSource,
+    writable: bool,
+    options: &[(&str, InfoValue)],
+) -> Result<Disk> {
     let filename = PathBuf::from(storage.name());
     let core = core.clone();
     let image = OpenImage {
@@ -80,21 +106,35 @@ pub(super) async fn open_with(
         filename,
         writable,
         discard_unmap: true,
-        data: DataSource::FromHeader(data_file_opener(&core)),
+        data,
         options: options.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect(),
         raw_offset: 0,
         raw_size: None,
     };
     let driver = Qcow2Driver::with_options(Options { discard_unmap: true, ..Options::default() });
     let format = driver.open(image).await?;
-    Ok(Disk { core, format, below: |_| 0 })
+    Ok(Disk { core, format, below: |_| 0, even: false })
 }
 
 impl Disk {
     /// A buffer with what lies below `range`.
     fn below(&self, start: u64, len: u64) -> Buf {
-        let bytes: Vec<u8> = (start..start + len).map(self.below).collect();
+        let mut bytes = Vec::with_capacity(len as usize);
+        self.add_below(start, len, &mut bytes);
         Buf::from_vec(bytes)
+    }
+
+    fn add_below(&self, start: u64, len: u64, bytes: &mut Vec<u8>) {
+        if !self.even {
+            return bytes.extend((start..start + len).map(self.below));
+        }
+        let mut at = start;
+        while at < start + len {
+            let end = (at / SECTOR + 1) * SECTOR;
+            let part = end.min(start + len) - at;
+            bytes.resize(bytes.len() + part as usize, (self.below)(at));
+            at += part;
+        }
     }
 
     pub(super) async fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
@@ -207,7 +247,7 @@ impl Disk {
     }
 
     pub(super) async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
-        let mut out = Vec::new();
+        let mut out = Vec::with_capacity(len as usize);
         while (out.len() as u64) < len {
             let from = at + out.len() as u64;
             let range = GuestRange::new(from, len - out.len() as u64);
@@ -220,13 +260,15 @@ impl Disk {
                         let buf = self.core.pool().alloc(extent.len as usize);
                         let storage = self.format.data_storage();
                         storage.read(host.bytes(), buf.clone()).await?;
-                        out.extend(buf.to_vec());
+                        let from = out.len();
+                        out.resize(from + extent.len as usize, 0);
+                        buf.copy_to(0, &mut out[from..]);
                     }
                     Mapping::Zero | Mapping::ZeroAllocated(_) => {
                         out.resize(out.len() + extent.len as usize, 0)
                     }
                     Mapping::Absent => {
-                        out.extend((position..position + extent.len).map(self.below));
+                        self.add_below(position, extent.len, &mut out);
                     }
                     Mapping::Damaged(error) => return Err(error.clone()),
                     Mapping::Compressed(packed) => {

@@ -31,8 +31,11 @@ pub(super) fn check_exported(fs: &SimFs, path: &str) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let target = folder.path().join("image");
     fs.export(path, &target).expect("is exported");
-    // Its data file, if it has one.
-    let _ = fs.export(DATA_FILE, folder.path().join("image.data"));
+    // Its data file, if it has one, under the name that the header has.
+    for other in fs.paths().iter().filter(|other| other.as_os_str() != path) {
+        let name = other.file_name().expect("a file has a name");
+        fs.export(other, folder.path().join(name)).expect("is exported");
+    }
     let output = Command::new("qemu-img")
         .current_dir(folder.path())
         .args(["check", "-f", "qcow2", text(&target)])

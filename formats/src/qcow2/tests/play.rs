@@ -1,7 +1,8 @@
 //! Scripts of requests and changes on one image, played against the ledger.
 //!
 //! Order of each step: the ledger is told that it begins, the image is asked, the ledger is told
-//! how it ended. A failure is handed to the caller, who knows whether one was planned.
+//! how it ended. A failure is handed to the caller, who knows whether one was planned; what is
+//! refused, and why, is known exactly ([`Player::play`]).
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -11,9 +12,10 @@ use liveblk_engine::format::{BackingRef, ReadBelow, Resize, SnapshotInfo, ZeroMo
 use liveblk_engine::storage::{File, FileOptions, Memory, Storage};
 use liveblk_engine::{Error, ErrorKind, Result};
 
-use super::ledger::{Found, Ledger, SECTOR, Value, sector_bytes, values};
+use super::ledger::{Ledger, SECTOR, Value, sector_bytes};
+use super::marks::Mark;
 use super::mover::{Below, Disk, open};
-use crate::qcow2::check;
+use super::references::{Counting, References};
 
 /// Sectors `first..first + count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,12 @@ pub(super) enum Op {
     /// Goes back to the snapshot.
     Apply(&'static str),
     Backing(Option<BackingRef>),
+    /// Makes a bitmap of this name that records.
+    Track(&'static str),
+    /// Removes the bitmap.
+    Untrack(&'static str),
+    /// Clears the bitmap.
+    Wipe(&'static str),
     /// To read-only and back.
     Settle,
     Reopen,
@@ -91,8 +99,13 @@ pub(super) struct Player {
     below: Below,
     disk: RefCell<Option<Disk>>,
     pub(super) ledger: RefCell<Ledger>,
-    /// Whether a close failed, after which it was opened again.
-    pub(super) close_failed: Cell<bool>,
+    /// Whether it could not be made writable again.
+    pub(super) read_only: Cell<bool>,
+    version: u32,
+    /// Bytes of a cluster.
+    cluster: Cell<u64>,
+    /// Whether the data lies in another file.
+    external: Cell<bool>,
 }
 
 impl Player {
@@ -104,16 +117,39 @@ impl Player {
         ledger: Ledger,
     ) -> Result<Rc<Self>> {
         let (disk, ledger) = (RefCell::new(None), RefCell::new(ledger));
-        let close_failed = Cell::new(false);
-        let core = core.clone();
-        let player = Rc::new(Self { core, place, below, disk, ledger, close_failed });
+        let storage = place.storage(core).await?;
+        let buf = core.pool().alloc(512);
+        storage.read(0, buf.clone()).await?;
+        let version = u32::from(buf.to_vec()[7]);
+        let (core, read_only) = (core.clone(), Cell::new(false));
+        let (cluster, external) = (Cell::new(0), Cell::new(false));
+        let player =
+            Self { core, place, below, disk, ledger, read_only, version, cluster, external };
+        let player = Rc::new(player);
         player.reopen().await?;
         Ok(player)
     }
 
     async fn reopen(&self) -> Result<()> {
-        let mut disk = open(&self.core, self.place.storage(&self.core).await?, true).await?;
+        self.open_as(true).await
+    }
+
+    async fn open_as(&self, writable: bool) -> Result<()> {
+        let mut disk = open(&self.core, self.place.storage(&self.core).await?, writable).await?;
         disk.below = self.below;
+        disk.even = true;
+        self.read_only.set(!writable);
+        if !writable {
+            // What shows need not be durable: nothing is learnt from it.
+            self.disk.replace(Some(disk));
+            return Ok(());
+        }
+        let bitmaps = disk.format.abilities().bitmaps;
+        let list = bitmaps.map(|bitmaps| bitmaps.list()).unwrap_or_default();
+        let lost = list.into_iter().map(|info| (info.name, info.inconsistent)).collect();
+        self.ledger.borrow_mut().opened(&lost);
+        self.cluster.set(disk.format.cluster_size());
+        self.external.set(disk.format.abilities().compress.is_none());
         self.disk.replace(Some(disk));
         Ok(())
     }
@@ -153,11 +189,69 @@ impl Player {
         }
     }
 
+    /// Why a step is refused whatever the tables look like; none if it is not.
+    pub(super) fn refusal(&self, op: &Op) -> Option<ErrorKind> {
+        let ledger = self.ledger.borrow();
+        let marks = ledger.marks();
+        let external = self.external.get();
+        let lost = || marks.values().any(|mark| mark.lost);
+        match op {
+            Op::Take(name) if external => {
+                (!ledger.snapshots().contains_key(*name)).then_some(ErrorKind::Unsupported)
+            }
+            Op::Apply(name) if ledger.snapshots().contains_key(*name) && !marks.is_empty() => {
+                Some(ErrorKind::Busy)
+            }
+            Op::Resize(size) if self.version < 3 => {
+                let cluster = self.cluster.get();
+                let end = (ledger.size() * SECTOR).next_multiple_of(cluster);
+                let hides = (self.below)(0) != 0 && BELOW_BYTES.min(size * SECTOR) > end;
+                let kept = !ledger.snapshots().is_empty();
+                (kept || hides).then_some(ErrorKind::Unsupported)
+            }
+            Op::Resize(_) if lost() => Some(ErrorKind::InvalidArgument),
+            Op::Wipe(name) if marks.get(*name).is_some_and(|mark| mark.lost) => {
+                Some(ErrorKind::InvalidArgument)
+            }
+            Op::Track(_) if self.version < 3 => Some(ErrorKind::Unsupported),
+            _ => None,
+        }
+    }
+
+    /// Plays one step of a world without failures: it fails exactly if it has to. Whether it was
+    /// done.
+    pub(super) async fn play(&self, op: &Op) -> bool {
+        let must = self.refusal(op);
+        let counting = match op {
+            Op::Take(_) => Some(Counting::Take),
+            Op::Apply(name) => Some(Counting::Apply(name)),
+            _ => None,
+        };
+        match (self.run(op).await, must, counting) {
+            (Ok(()), None, _) => true,
+            (Err(error), Some(kind), _) if error.kind() == kind => false,
+            (Err(error), None, Some(counting)) if error.kind() == ErrorKind::InvalidArgument => {
+                // What is refused was written out before.
+                let storage = self.place.storage(&self.core).await.expect("opens");
+                let references = References::read(&self.core, &storage).await;
+                assert!(references.overflow(counting), "{op:?} could be counted: {error}");
+                false
+            }
+            (result, must, _) => panic!("{op:?} gave {result:?}, expected {must:?}"),
+        }
+    }
+
     /// Plays one step; reads are judged on the way.
     pub(super) async fn run(&self, op: &Op) -> Result<()> {
         if self.disk.borrow().is_none() {
-            // The step before failed between close and open.
-            self.reopen().await?;
+            // The step before failed between close and open. What cannot be made durable any more
+            // can be read.
+            match self.reopen().await {
+                Err(error) if matches!(error.kind(), ErrorKind::Io(_)) => {
+                    self.open_as(false).await?
+                }
+                result => result?,
+            }
         }
         let disk = self.disk();
         match op {
@@ -168,40 +262,106 @@ impl Player {
             Op::Flush => {
                 let tick = self.ledger.borrow_mut().flush_begins();
                 let result = disk.format.flush().await;
-                if result.is_ok() {
+                if result.is_ok() && !self.read_only.get() {
                     self.ledger.borrow_mut().flushed(tick);
                 }
                 result
             }
-            Op::Resize(sectors) => {
-                self.ledger.borrow_mut().resize_begins(*sectors);
-                let result = disk.format.resize_with(self.resize(*sectors)).await;
-                let size = disk.format.size() / SECTOR;
-                self.ledger.borrow_mut().resize_ends(size, result.is_ok());
+            Op::Resize(_) | Op::Take(_) | Op::Remove(_) | Op::Apply(_) => {
+                let before = self.ledger.borrow().clone();
+                let result = match op {
+                    Op::Resize(sectors) => self.change_size(&disk, *sectors).await,
+                    _ => self.snapshot(&disk, op).await,
+                };
+                use ErrorKind::{Busy, InvalidArgument, Unsupported};
+                let refused = |kind| matches!(kind, Busy | InvalidArgument | Unsupported);
+                if result.as_ref().is_err_and(|error| refused(error.kind())) {
+                    *self.ledger.borrow_mut() = before;
+                }
                 result
             }
-            Op::Take(_) | Op::Remove(_) | Op::Apply(_) => self.snapshot(&disk, op).await,
             Op::Backing(backing) => disk.format.set_backing(backing.clone()).await,
-            Op::Settle => {
-                let tick = self.ledger.borrow_mut().flush_begins();
-                disk.format.set_writable(false).await?;
-                self.ledger.borrow_mut().flushed(tick);
-                disk.format.set_writable(true).await
+            Op::Track(_) | Op::Untrack(_) | Op::Wipe(_) => self.bitmap(&disk, op).await,
+            Op::Settle => self.settle(&disk).await,
+            Op::Reopen if self.read_only.get() => {
+                self.disk.take();
+                disk.format.close().await?;
+                self.reopen().await
             }
             Op::Reopen => {
                 let tick = self.ledger.borrow_mut().flush_begins();
+                self.ledger.borrow_mut().store_begins();
                 self.disk.take();
                 let closed = disk.format.close().await;
                 if closed.is_err() {
                     self.ledger.borrow_mut().lose();
-                    self.close_failed.set(true);
                 }
                 closed?;
                 self.ledger.borrow_mut().flushed(tick);
+                self.ledger.borrow_mut().stored();
                 drop(disk);
                 self.reopen().await
             }
         }
+    }
+
+    /// To read-only and back.
+    async fn settle(&self, disk: &Disk) -> Result<()> {
+        if !self.read_only.get() {
+            let tick = self.ledger.borrow_mut().flush_begins();
+            self.ledger.borrow_mut().store_begins();
+            disk.format.set_writable(false).await?;
+            self.ledger.borrow_mut().flushed(tick);
+            self.ledger.borrow_mut().stored();
+        }
+        let result = disk.format.set_writable(true).await;
+        self.read_only.set(result.is_err());
+        result
+    }
+
+    async fn change_size(&self, disk: &Disk, sectors: u64) -> Result<()> {
+        self.ledger.borrow_mut().resize_begins(sectors);
+        let result = disk.format.resize_with(self.resize(sectors)).await;
+        let size = disk.format.size() / SECTOR;
+        self.ledger.borrow_mut().resize_ends(size, result.is_ok());
+        result
+    }
+
+    async fn bitmap(&self, disk: &Disk, op: &Op) -> Result<()> {
+        let Some(all) = disk.format.abilities().bitmaps else {
+            return Err(Error::new(ErrorKind::Unsupported, "change bitmaps"));
+        };
+        let mut marks = self.ledger.borrow().marks().clone();
+        let content = self.ledger.borrow().content();
+        let (Op::Track(name) | Op::Untrack(name) | Op::Wipe(name)) = op else { return Ok(()) };
+        if marks.contains_key(*name) == matches!(op, Op::Track(_)) {
+            return Ok(());
+        }
+        let change = match op {
+            Op::Track(name) => {
+                marks.insert((*name).to_owned(), Mark::new(granularity(name), content));
+                all.add(name, granularity(name), true)
+            }
+            Op::Untrack(name) => {
+                marks.remove(*name);
+                all.remove(name)
+            }
+            _ => {
+                marks.entry((*name).to_owned()).and_modify(|mark| *mark = mark.cleared(content));
+                all.clear(name)
+            }
+        };
+        let before = self.ledger.borrow().clone();
+        self.ledger.borrow_mut().marks_begin(marks);
+        let result = change.await;
+        let known = all.list().iter().any(|info| info.name == *name);
+        let shows = !matches!(op, Op::Wipe(_)) && known == matches!(op, Op::Track(_));
+        self.ledger.borrow_mut().marks_end(result.is_ok(), shows);
+        let refused = |kind| matches!(kind, ErrorKind::InvalidArgument | ErrorKind::Unsupported);
+        if result.as_ref().is_err_and(|error| refused(error.kind())) {
+            *self.ledger.borrow_mut() = before;
+        }
+        result
     }
 
     fn resize(&self, sectors: u64) -> Resize {
@@ -308,54 +468,11 @@ impl Player {
     }
 }
 
-/// Everything that an image holds; an error says what is corrupt.
-pub(super) async fn look(core: &Core, bytes: &[u8], below: Below) -> Result<Found, String> {
-    let storage = Storage::Memory(Memory::from_bytes(bytes));
-    let report = check(core, &storage).await.map_err(|error| format!("check: {error}"))?;
-    if report.corruptions > 0 {
-        return Err(format!("check: {:?}", report.problems));
+/// Bytes per bit of a bitmap of this name.
+fn granularity(name: &str) -> u64 {
+    match name {
+        "fine" => 512,
+        "page" => 4096,
+        _ => 64 << 10,
     }
-    let (size, values) = content(core, storage, below, None).await?;
-    let mut found = Found { size, values, snapshots: Default::default() };
-    for name in found_names(core, bytes).await? {
-        let storage = Storage::Memory(Memory::from_bytes(bytes));
-        let (_, values) = content(core, storage, below, Some(&name)).await?;
-        found.snapshots.insert(name, values);
-    }
-    Ok(found)
-}
-
-async fn found_names(core: &Core, bytes: &[u8]) -> Result<Vec<String>, String> {
-    let storage = Storage::Memory(Memory::from_bytes(bytes));
-    let disk = open(core, storage, false).await.map_err(|error| format!("open: {error}"))?;
-    let snapshots = disk.format.abilities().snapshots;
-    let list = snapshots.map(|snapshots| snapshots.list()).unwrap_or_default();
-    Ok(list.into_iter().map(|info| info.name).collect())
-}
-
-/// Size and values, after going back to a snapshot if one is named.
-async fn content(
-    core: &Core,
-    storage: Storage,
-    below: Below,
-    snapshot: Option<&str>,
-) -> Result<(u64, Vec<Option<Value>>), String> {
-    let failed = |what: &str, error: &Error| format!("{what}: {error}");
-    let mut disk = open(core, storage, true).await.map_err(|error| failed("open", &error))?;
-    disk.below = below;
-    if let (Some(name), Some(all)) = (snapshot, disk.format.abilities().snapshots) {
-        let mut applied = all.apply(name).await;
-        if applied.as_ref().is_err_and(|error| error.kind() == ErrorKind::InvalidArgument) {
-            // Narrow refcounts may not count one more user; the other snapshots make room.
-            for other in all.list().into_iter().filter(|info| info.name != name) {
-                let gone = all.delete(&other.name).await;
-                gone.map_err(|error| failed("delete", &error))?;
-            }
-            applied = all.apply(name).await;
-        }
-        applied.map_err(|error| failed("apply", &error))?;
-    }
-    let size = disk.format.size();
-    let bytes = disk.read(0, size).await.map_err(|error| failed("read", &error))?;
-    Ok((size / SECTOR, values(&bytes)))
 }

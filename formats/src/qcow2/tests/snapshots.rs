@@ -6,6 +6,7 @@ use std::rc::Rc;
 use liveblk_engine::driver::sim::{FaultRule, OpFilter, Sim, SimConfig, SimOpKind};
 use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::format::{InternalSnapshots, SnapshotInfo, ZeroMode};
+use liveblk_engine::storage::{Memory, Storage};
 use liveblk_engine::{ErrorKind, Result};
 
 use super::mover::{Disk, calm, file, open};
@@ -463,4 +464,36 @@ fn the_failure_of_any_operation_undoes_a_change() {
             }
         }
     }
+}
+
+/// Clusters of packed data are shared by many entries: going back takes references from where the
+/// disk has them and adds them elsewhere, and only what comes of it must be countable.
+#[test]
+fn going_back_needs_no_more_references_than_the_disk_has_afterwards() {
+    calm(|core| async move {
+        let storage = Storage::Memory(Memory::new(0));
+        // At most 15 references.
+        let options =
+            CreateOptions { cluster_size: 4096, refcount_order: 2, ..CreateOptions::new(1 << 20) };
+        create(&core, &storage, options).await.expect("is created");
+        let disk = open(&core, storage.clone(), true).await.expect("opens");
+        disk.write_compressed(0, &[1; 5 * 4096]).await.expect("writes one cluster of the file");
+        take(&disk, "all").await.expect("10 references");
+        disk.write(0, &[2; 4096]).await.expect("writes");
+        take(&disk, "but one").await.expect("13 references");
+        snapshots(&disk).apply("all").await.expect("14 references");
+        disk.write(4096, &[3; 3 * 4096]).await.expect("writes");
+        take(&disk, "two of them").await.expect("13 references");
+        snapshots(&disk).apply("but one").await.expect("15 references, on the way there 16");
+        let bytes = disk.read(0, 5 * 4096).await.expect("reads");
+        assert!(bytes[..4096] == [2; 4096] && bytes[4096..] == [1; 4 * 4096]);
+        let error = take(&disk, "no more").await.expect_err("19 references");
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        let error = snapshots(&disk).apply("all").await.expect_err("16 references");
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert_eq!(disk.read(0, 5 * 4096).await.expect("reads"), bytes, "nothing changed");
+        disk.format.close().await.expect("closes");
+        let report = check(&core, &storage).await.expect("is checked");
+        assert!(report.is_clean(), "{:?}", report.problems);
+    });
 }

@@ -22,9 +22,10 @@ use liveblk_engine::format::ZeroMode;
 use liveblk_engine::storage::{Memory, Storage};
 
 use super::ledger::{Ledger, SECTOR};
+use super::look::{Left, look};
 use super::mover::Below;
 use super::peer;
-use super::play::{BELOW_BYTES, Op, Place, Player, Span, below_byte, below_value, look, nothing};
+use super::play::{BELOW_BYTES, Op, Place, Player, Span, below_byte, below_value, nothing};
 use crate::qcow2::{CreateOptions, create};
 
 const PATH: &str = "/world";
@@ -248,7 +249,8 @@ impl Worlds {
             self.asked += 1;
         }
         let below = self.kind.below;
-        let found = self.judge.block_on(0, |core| async move { look(&core, &bytes, below).await });
+        let left = Left::of(left, PATH, "");
+        let found = self.judge.block_on(0, |core| async move { look(&core, &left, below).await });
         let judged = found.and_then(|found| ledger.survived(&found));
         judged.unwrap_or_else(|wrong| panic!("{}: {wrong}", told()));
     }
