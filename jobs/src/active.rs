@@ -55,6 +55,8 @@ struct ActiveWrite {
 #[derive(Default)]
 struct Landing {
     result: RefCell<Option<EngineResult<()>>>,
+    /// The target has answered.
+    over: Cell<bool>,
     region: Cell<Option<Region>>,
 }
 
@@ -136,6 +138,7 @@ async fn land(copy: Rc<Copy>, range: GuestRange, content: Content, landing: Rc<L
     };
     let result = written.await;
     *landing.result.borrow_mut() = Some(result);
+    landing.over.set(true);
     copy.job().changed().notify_all();
 }
 
@@ -143,7 +146,7 @@ impl WriteCopy for ActiveWrite {
     fn ended(&self) -> LocalFuture<'_, ()> {
         let copy = &self.hook.copy;
         Box::pin(async move {
-            let landed = || self.landing.result.borrow().is_some() || copy.is_dead();
+            let landed = || self.landing.over.get() || copy.is_dead();
             copy.job().changed().until(landed).await;
         })
     }
@@ -189,7 +192,7 @@ impl Drop for ActiveWrite {
     fn drop(&mut self) {
         self.hook.copied.borrow_mut().remove(&self.range.start.bytes());
         // A copy that is not waited for any more keeps its region until it has ended.
-        if self.landing.result.borrow().is_none() && !self.hook.copy.is_dead() {
+        if !self.landing.over.get() {
             return;
         }
         drop(self.landing.region.take());

@@ -129,7 +129,11 @@ async fn run(copy: Rc<Copy>, spec: BackupSpec) -> Result<()> {
         copy.plan(Plan { top, all_dirty: true, target_is_zero: false }).await?;
     }
     copy.run_until_clean().await?;
-    copy.flush_target().await
+    copy.flush_target().await?;
+    // Who reads an overlay may be on the way to the source, which guests are about to change.
+    let readers = copy.target().reads_ended(GuestRange::new(0, copy.size()));
+    copy.job().unless_dead(readers, || copy.is_dead()).await;
+    copy.check()
 }
 
 /// Keeps what guests overwrite until the job is cancelled.

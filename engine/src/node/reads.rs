@@ -75,6 +75,12 @@ impl Node {
         }
     }
 
+    /// Whether watched reads of `range` are in flight.
+    pub fn has_reads(&self, range: GuestRange) -> bool {
+        let Some(watch) = self.layer_state().watch() else { return false };
+        watch.reads.borrow().iter().any(|(_, read)| read.overlaps(range))
+    }
+
     /// Resolves when the reads of `range` that have begun are over; at once if nobody watches.
     pub async fn reads_ended(&self, range: GuestRange) {
         let Some(watch) = self.layer_state().watch() else { return };

@@ -117,7 +117,8 @@ impl Copy {
     /// Whether a guest write to `range` must wait for old content to be kept.
     pub(crate) fn is_needed_before_write(&self, range: GuestRange) -> bool {
         let wide = range.widen(self.granularity());
-        !self.is_dead() && (self.todo.borrow().intersects(wide) || self.is_busy(wide))
+        let read = self.before.overlay && self.target.has_reads(wide);
+        !self.is_dead() && (read || self.todo.borrow().intersects(wide) || self.is_busy(wide))
     }
 
     /// Whether a guest write to the granules of `wide`, of which nothing is to be kept any more,

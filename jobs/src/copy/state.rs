@@ -149,7 +149,7 @@ impl Copy {
             zero: RefCell::new(DirtyBitmap::new(size, setup.granularity)),
             todo: RefCell::new(todo),
             touched: RefCell::new(None),
-            unit: unit.min(setup.bounds.chunk).max(setup.granularity),
+            unit: whole(unit.min(setup.bounds.chunk), setup.granularity),
             bounds: setup.bounds,
             whole_granules: setup.whole_granules,
             compress: setup.compress,
@@ -454,6 +454,12 @@ impl Copy {
         }
         bytes - (todo.granularity() - tail)
     }
+}
+
+/// The largest multiple of `granularity` within `bytes`, at least one: a bit is cleared only when
+/// its whole granule is copied.
+fn whole(bytes: u64, granularity: u64) -> u64 {
+    (bytes - bytes % granularity).max(granularity)
 }
 
 impl Flight {
