@@ -1,6 +1,6 @@
 //! An overlay of the disk as the target of copy-before-write: who reads the overlay sees the
-//! instant of the start, also a reader that was on its way through to the disk when a guest overwrote it
-//! (contract.md §3.4: the peer's serialising writes).
+//! instant of the start, also a reader that was on its way through to the disk when a guest
+//! overwrote it (contract.md §3.4: the peer's serialising writes).
 
 #[path = "simulated/mod.rs"]
 mod simulated;

@@ -130,7 +130,7 @@ async def grouped_backups_into_files_end_together(world):
         for i in range(2):
             await s.d.job_gone(f"g{i}", since=since)
         await s.keep("g0", "g1", "a")
-    await same(world, script, numbers=False)
+    await same(world, script, numbers=False, order=False)
 
 
 @case("ours", timeout=90)

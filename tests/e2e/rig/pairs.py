@@ -15,10 +15,10 @@ class Side:
         self.d = d
         self.images = {}
 
-    async def tell(self, name, arguments=None, **kw):
+    async def tell(self, command, arguments=None, /, **kw):
         """Executes a command that may be refused; the record keeps the answer."""
         try:
-            return await self.d.cmd(name, arguments, **kw)
+            return await self.d.cmd(command, dict(arguments or {}, **kw))
         except Refused as refusal:
             return refusal
 
@@ -37,13 +37,16 @@ class Side:
         await self.d.wait_event("JOB_STATUS_CHANGE", id=job, status=status, since=since)
 
     async def keep(self, *names):
-        """The content of these images belongs to what is compared."""
-        for name in names:
-            self.images[name] = await images.digest(self.world.path(name + ".qcow2"))
+        """The content of these images at the end belongs to what is compared."""
+        self.images.update(dict.fromkeys(names))
 
 
-async def same(world, script, numbers=True):
-    """Runs the script on both daemons; returns our side."""
+async def same(world, script, numbers=True, order=True):
+    """Runs the script on both daemons; returns our side.
+
+    `order=False` compares the events as a set: of jobs that start at once, the peer's drains decide
+    which one is seen to run first.
+    """
     sides = []
     for name, kind in (("x", world.kind), ("p", world.peer)):
         folder = world.sub(name, kind)
@@ -56,6 +59,8 @@ async def same(world, script, numbers=True):
         await script(side)
         await d.quit()
         record = d.record[before:]
+        for image in side.images:
+            side.images[image] = await images.digest(folder.path(image + ".qcow2"))
         for image in ["a", *side.images]:
             await images.check(folder.path(image + ".qcow2"))
         sides.append((side, record))
@@ -63,7 +68,10 @@ async def same(world, script, numbers=True):
     one, other = ours.world.folder, peers.world.folder
     transcript.require_same(transcript.replies(record, one, numbers),
                             transcript.replies(peer_record, other, numbers), "replies")
-    transcript.require_same(transcript.events(record, one, numbers),
-                            transcript.events(peer_record, other, numbers), "events")
+    lists = [transcript.events(record, one, numbers),
+             transcript.events(peer_record, other, numbers)]
+    if not order:
+        lists = [sorted(lines) for lines in lists]
+    transcript.require_same(*lists, "events")
     assert ours.images == peers.images, f"images differ: {ours.images}, {peers.images}"
     return ours
