@@ -15,7 +15,7 @@ class Side:
         self.d = d
         self.images = {}
 
-    async def tell(self, name, arguments=None, **kw):
+    async def tell(self, name, /, arguments=None, **kw):
         """Executes a command that may be refused; the record keeps the answer."""
         try:
             return await self.d.cmd(name, arguments, **kw)
