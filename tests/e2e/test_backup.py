@@ -61,7 +61,6 @@ async def bitmaps_are_consumed_and_kept_by_the_rules_of_the_peer(world):
         await bitmaps(s)
         await run(s, sync="bitmap", bitmap="never", **{"bitmap-mode": "never"})
         await bitmaps(s)
-        await s.keep("t")
         await s.io("write -P 9 5M 64k")
         await run(s, sync="incremental", bitmap="inc")
         await bitmaps(s)
@@ -69,6 +68,8 @@ async def bitmaps_are_consumed_and_kept_by_the_rules_of_the_peer(world):
         await bitmaps(s)
         await s.tell("block-export-del", {"id": "exp-a"})
         await s.d.wait_event("BLOCK_EXPORT_DELETED", id="exp-a")
+        for node in ("a", "t"):
+            await s.tell("blockdev-del", {"node-name": node})
         await s.keep("t", "a")
     await same(world, script)
 
