@@ -89,7 +89,6 @@ impl Image {
         if mode != Preallocation::Off {
             self.preallocate(whole, to.size, mode).await?;
         }
-        self.fit_data_file(to.size).await?;
         Rc::clone(self).flush().await?;
         self.update_header(|header| {
             header.size = to.size;
