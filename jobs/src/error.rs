@@ -127,6 +127,8 @@ pub enum JobError {
         /// The bound.
         limit: usize,
     },
+    /// A file cannot be made as asked.
+    Create(CreateError),
     /// A snapshot rule was broken.
     Snapshot(SnapshotError),
     /// The transaction holds an `abort` action.
@@ -208,6 +210,25 @@ impl From<BitmapRule> for JobError {
     fn from(rule: BitmapRule) -> Self {
         Self::Bitmap(rule)
     }
+}
+
+/// Why a file cannot be made, with the peer's texts.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum CreateError {
+    /// Files do not have this kind of preallocation.
+    PreallocationMode(&'static str),
+    /// A size of 8 EiB or more.
+    NegativeSize,
+    /// The file system does not have files of that size.
+    TooLarge,
+    /// The size cannot be set, or its space not be taken.
+    Resize {
+        /// What could not be done.
+        what: &'static str,
+        /// Why.
+        error: liveblk_engine::Error,
+    },
 }
 
 /// Refusals of snapshots, with the peer's texts.
@@ -358,6 +379,7 @@ impl fmt::Display for JobError {
                 write!(f, "Node '{node}' is busy: block device is in use by block job: {kind}")
             }
             Self::TooMany { what, limit } => write!(f, "Too many {what} (at most {limit})"),
+            Self::Create(error) => error.fmt(f),
             Self::Snapshot(error) => error.fmt(f),
             Self::AbortAction => f.write_str("Transaction aborted using Abort action"),
             Self::NotGrouped { action } => write!(
@@ -367,6 +389,17 @@ impl fmt::Display for JobError {
             Self::Cancelled => f.write_str("Operation canceled"),
             Self::Chain(error) => error.fmt(f),
             Self::Engine(error) => error.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for CreateError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PreallocationMode(mode) => write!(f, "Unsupported preallocation mode: {mode}"),
+            Self::NegativeSize => f.write_str("Could not resize file: Invalid argument"),
+            Self::TooLarge => f.write_str("Could not resize file: File too large"),
+            Self::Resize { what, error } => write!(f, "{what}: {}", error.kind()),
         }
     }
 }
@@ -429,6 +462,7 @@ impl StdError for JobError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Self::Engine(error)
+            | Self::Create(CreateError::Resize { error, .. })
             | Self::Snapshot(
                 SnapshotError::File { source: error, .. }
                 | SnapshotError::Internal { source: error, .. },
@@ -447,6 +481,12 @@ impl From<liveblk_engine::Error> for JobError {
 impl From<ChainError> for JobError {
     fn from(error: ChainError) -> Self {
         Self::Chain(error)
+    }
+}
+
+impl From<CreateError> for JobError {
+    fn from(error: CreateError) -> Self {
+        Self::Create(error)
     }
 }
 

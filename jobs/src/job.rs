@@ -452,6 +452,10 @@ fn error_text(error: &JobError) -> String {
                 None => text,
             }
         }
+        // Who holds a lock is a hint for people.
+        JobError::Engine(error) if error.kind() == ErrorKind::Locked => {
+            error.to_string().lines().next().unwrap_or_default().to_owned()
+        }
         other => other.to_string(),
     }
 }

@@ -7,6 +7,7 @@
 //! - [`mirror`], [`backup`], [`stream`], [`commit`]: jobs, policy over that loop;
 //! - [`snapshot`], [`internal`], [`transaction`]: changes that are atomic over disks and cores;
 //! - [`bitmaps`]: changes of dirty bitmaps in transactions;
+//! - [`create`]: new files and images;
 //! - [`manager`]: ids, verbs, queries, how jobs end together.
 //!
 //! Knows neither QMP nor formats; everything stays on the core of the source.
@@ -24,6 +25,7 @@ mod chain_error;
 pub mod commit;
 mod commit_active;
 mod copy;
+pub mod create;
 mod drive;
 pub mod error;
 pub mod event;
@@ -52,8 +54,9 @@ pub use bitmap_use::BitmapChoice;
 pub use bitmaps::{BitmapAction, BitmapName};
 pub use chain_error::ChainError;
 pub use commit::{CommitSpec, start_commit};
+pub use create::{Creation, NewPlace, start_create};
 pub use drive::DriveTarget;
-pub use error::{BitmapRule, JobError, SnapshotError};
+pub use error::{BitmapRule, CreateError, JobError, SnapshotError};
 pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};
 pub use fleecing::{
     CopyBeforeWriteSpec, add_copy_before_write, add_snapshot_access, is_job_filter,

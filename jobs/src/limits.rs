@@ -23,6 +23,9 @@ pub const PLAN_STEP: u64 = 256 << 20;
 /// Bytes of one zeroing request.
 pub const ZERO_UNIT: u64 = 32 << 20;
 
+/// Bytes of one write of zeroes where a new file is filled.
+pub const ZERO_PIECE: usize = 1 << 20;
+
 /// Jobs of one core.
 pub const JOBS: usize = 1024;
 

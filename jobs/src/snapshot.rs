@@ -178,7 +178,7 @@ async fn open(core: &Core, spec: &SnapshotFile, path: &Path, base: &Rc<Node>) ->
     });
     node.name.clone_from(&spec.overlay);
     node.backing = BackingSource::None;
-    node.options = base.options().clone();
+    node.options = base.options();
     node.monitor_owned = true;
     Ok(Graph::of(core).open(node).await?)
 }

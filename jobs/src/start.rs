@@ -236,7 +236,7 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
     // What a backup has written so far may be looked at; a mirror's target is nothing until READY.
     let shared = match job.kind() {
         Kind::Mirror => Permissions::WRITE_UNCHANGED,
-        Kind::Backup | Kind::Amend | Kind::Stream | Kind::Commit => {
+        Kind::Backup | Kind::Create | Kind::Amend | Kind::Stream | Kind::Commit => {
             Permissions::ALL & !Permissions::RESIZE
         }
     };

@@ -88,7 +88,8 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
     let name = world.name("target");
     let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
     world.make(&image, chain.last()).await;
-    let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
+    let options =
+        NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
     let mut spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
     spec.backing = BackingSource::Node(below.name().to_string());
     let node = world.host.open(spec).await.expect("a new target opens");
@@ -102,7 +103,8 @@ pub(crate) async fn target(world: &World, index: usize, what: &str, rng: &mut Rn
     let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
     let image = Rc::new(Image { name: world.name(what), size, qcow2 });
     world.make(&image, None).await;
-    let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
+    let options =
+        NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
     let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
     let node = world.host.open(spec).await.expect("a new target opens");
     Target { chain: vec![image], node }

@@ -17,7 +17,6 @@ use serde_json::{Map, Value};
 
 use super::errors::Failure;
 use super::events::{self, Sinks};
-use super::nodes::Extras;
 use super::objects::Objects;
 use crate::limits::EXPORTS_FIRST_NS;
 use crate::schema::{Command, JobVerb, MirrorCopyMode};
@@ -31,7 +30,6 @@ pub(super) struct Control {
     pub(super) jobs: Rc<JobManager>,
     pub(super) exports: Exports,
     pub(super) objects: Objects,
-    pub(super) extras: Extras,
     end: Cell<End>,
     ended: Notify,
 }
@@ -61,7 +59,6 @@ impl Control {
                 jobs,
                 exports,
                 objects: Objects::default(),
-                extras: Extras::default(),
                 end: Cell::new(End::Open),
                 ended: Notify::new(core),
             }
@@ -86,6 +83,12 @@ impl Control {
             Command::DriveMirror(drive) => self.drive_mirror(*drive).await?,
             Command::DriveBackup(drive) => self.drive_backup(*drive).await?,
             Command::BlockdevAmend(amend) => self.amend(&amend)?,
+            Command::BlockdevCreate(create) => self.create(create)?,
+            Command::ChangeBackingFile(change) => self.change_backing_file(change).await?,
+            Command::BlockSetWriteThreshold(mark) => self.set_write_threshold(&mark)?,
+            Command::BlockdevReopen(list) => self.reopen(list.options).await?,
+            Command::BlockdevSetActive(change) => self.set_active(change).await?,
+            Command::BlockResize(resize) => self.resize(resize).await?,
             Command::BlockdevSnapshot(snapshot) => self.snapshot(snapshot).await?,
             Command::BlockdevSnapshotSync(snapshot) => self.snapshot_sync(snapshot).await?,
             Command::SnapshotInternal(snapshot) => self.snapshot_internal(snapshot).await?,
@@ -93,7 +96,7 @@ impl Control {
             Command::Transaction(transaction) => self.transaction(transaction).await?,
             Command::NbdServerStart(options) => self.start_server(options).await?,
             Command::NbdServerStop => self.exports.stop_nbd().await?,
-            Command::BlockExportAdd(export) => self.add_export(export)?,
+            Command::BlockExportAdd(export) => self.add_export(export).await?,
             Command::BlockExportDel(export) => self.remove_export(&export)?,
             Command::ObjectAdd(object) => self.objects.add(&object)?,
             Command::ObjectDel { id } => self.remove_object(&id)?,
@@ -102,6 +105,7 @@ impl Control {
             | Command::QueryBlockstats { .. }
             | Command::QueryJobs
             | Command::QueryBlockJobs
+            | Command::QueryBlockGraph
             | Command::QueryBlockExports => return Ok(self.query(&command)),
             Command::Job { .. }
             | Command::JobCancel { .. }
@@ -120,6 +124,7 @@ impl Control {
             Command::QueryJobs => self.query_jobs(),
             Command::QueryBlockJobs => self.query_block_jobs(),
             Command::QueryBlockExports => self.query_exports(),
+            Command::QueryBlockGraph => self.block_graph(),
             // No node here is a device of the peer's old kind.
             _ => Value::Array(Vec::new()),
         }

@@ -8,6 +8,7 @@ use liveblk_engine::ErrorKind;
 use liveblk_engine::node::{BitmapAccess, Disk, Node, User};
 use liveblk_exports::nbd::{ContextOffer, ExportSpec, ServerConfig};
 use liveblk_exports::{ExportError, RemoveMode};
+use liveblk_jobs::limits::CUT_WAIT_NS;
 
 use super::control::{Control, Result};
 use super::errors::Failure;
@@ -40,7 +41,7 @@ impl Control {
     }
 
     /// `block-export-add`.
-    pub(super) fn add_export(&self, export: BlockExportAdd) -> Result<()> {
+    pub(super) async fn add_export(&self, export: BlockExportAdd) -> Result<()> {
         self.exports.check_id(&export.id)?;
         let node = self
             .graph
@@ -52,6 +53,10 @@ impl Control {
             return Err(Failure::generic("Option 'fixed-iothread' needs 'iothread'"));
         }
         let ExportKind::Nbd(nbd) = export.kind.clone();
+        if !node.is_active() {
+            // As the peer: who is exported is in use here.
+            self.graph.activate(&node, CUT_WAIT_NS).await?;
+        }
         if export.writable && !node.is_writable() {
             return Err(ExportError::ReadOnlyNode.into());
         }

@@ -68,7 +68,7 @@ static FILE: ObjectType = ObjectType {
     features: &["dynamic-auto-read-only"],
 };
 
-static REFERENCE: AlternateType =
+pub(super) static REFERENCE: AlternateType =
     AlternateType { name: "BlockdevRef", choices: &[Type::Object(&BLOCKDEV_OPTIONS), Type::Str] };
 
 static REFERENCE_OR_NULL: AlternateType = AlternateType {

@@ -12,6 +12,7 @@ mod bitmaps;
 mod blockdev;
 mod chains;
 mod command;
+mod create;
 mod exports;
 mod introspect;
 mod jobs;
@@ -19,6 +20,7 @@ mod table;
 mod transaction;
 pub mod types;
 mod validate;
+mod verbs;
 
 pub use amend::{AmendOptions, BlockdevAmend};
 pub use bitmaps::{BitmapAdd, BitmapChange, BitmapMerge, BitmapOf};
@@ -29,6 +31,7 @@ pub use blockdev::{
 };
 pub use chains::{BlockCommit, BlockStream, ChainJob};
 pub use command::{Command, JobVerb};
+pub use create::{BlockdevCreate, CreateFile, CreateOptions, CreateQcow2, CreateRaw, PreallocMode};
 pub use exports::{
     BitmapRef, BlockExportAdd, BlockExportDel, ExportKind, ExportRemoveMode, InetAddress,
     IothreadOptions, MonitorOptions, NbdExportOptions, NbdServerOptions, ObjectAdd, SocketAddress,
@@ -46,6 +49,7 @@ pub use transaction::{
 };
 pub(crate) use validate::parse_switch;
 pub use validate::{ArgumentError, Source, validate};
+pub use verbs::{BlockResize, BlockdevReopen, ChangeBackingFile, SetActive, WriteThreshold};
 
 /// Types of options that the command line takes and QMP does not.
 pub mod startup {

@@ -245,7 +245,7 @@ impl Graph {
         spec.writable = false;
         spec.force_share = overlay.force_share;
         spec.bitmaps = overlay.bitmaps;
-        spec.options = overlay.options.clone();
+        spec.options = overlay.options;
         Ok(spec)
     }
 
@@ -448,7 +448,7 @@ impl Graph {
             name,
             format: Rc::new(Plain::new("file", storage.clone())),
             filename: filename.display().to_string(),
-            options: file.options.clone().unwrap_or_else(|| spec.options.clone()),
+            options: file.options.unwrap_or(spec.options),
             writable: spec.writable,
             monitor_owned: false,
             file: None,

@@ -14,6 +14,8 @@
 //!
 //! A request is a task of its node: callers hold a receipt, and dropping it cancels nothing.
 
+mod account;
+mod active;
 mod attachment;
 mod bitmap_error;
 mod bitmap_follow;
@@ -38,6 +40,7 @@ mod users;
 mod view;
 mod writers;
 
+pub use account::{NodeStats, WorkStats};
 pub use attachment::Disk;
 pub use bitmap_error::BitmapError;
 pub use bitmap_hold::BitmapHold;
@@ -46,7 +49,7 @@ pub use bitmaps::{BitmapAccess, BitmapFacts, NewBitmap, NodeBitmap};
 pub use chain::ChainStats;
 pub use hooks::{HookId, WriteContent, WriteCopy, WriteHook};
 pub use map::MapExtent;
-pub use object::{Node, NodeId, NodeOptions};
+pub use object::{DetectZeroes, Node, NodeId, NodeOptions};
 pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
 pub use status::{StatusExtent, StatusKind};
 pub use users::{Conflict, Permissions, Role, User, UserGuard};

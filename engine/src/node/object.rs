@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
+use super::account::Account;
 use super::attachment::Attachment;
 use super::bitmaps::NodeBitmaps;
 use super::chain::{ChainStats, LayerState};
@@ -19,14 +20,26 @@ use crate::node::map::MapExtent;
 use crate::node::request::{self, Origin, Receipt, WriteFlags, ZeroFlags};
 use crate::node::status::StatusExtent;
 use crate::ranges::RangeLocks;
-use crate::storage::{LockRequest, Storage};
+use crate::storage::{LockRequest, Storage, WriteWatch};
 
 /// Names a node for good; never reused within an engine core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u64);
 
+/// Whether writes of zeroes are turned into requests that write zeroes (QMP `detect-zeroes`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// Data is written as it is.
+    #[default]
+    Off,
+    /// Zeroes are written as zeroes.
+    On,
+    /// Zeroes are written as zeroes and may give space back where discards may.
+    Unmap,
+}
+
 /// Options of a node that requests and queries look at.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NodeOptions {
     /// Pass discards on (QMP `discard=unmap`); otherwise they succeed without effect.
     pub discard_unmap: bool,
@@ -34,6 +47,8 @@ pub struct NodeOptions {
     pub direct: bool,
     /// Ignore flushes (QMP `cache.no-flush`).
     pub no_flush: bool,
+    /// What becomes of writes of zeroes.
+    pub detect_zeroes: DetectZeroes,
 }
 
 /// What a node is made of.
@@ -59,10 +74,12 @@ pub struct Node {
     name: Rc<str>,
     layer: Layer,
     filename: RefCell<String>,
-    options: NodeOptions,
+    options: Cell<NodeOptions>,
     monitor_owned: Cell<bool>,
     /// What its users asked for; jobs may keep it writable meanwhile.
     pub(super) asked_writable: Cell<bool>,
+    /// The image belongs to another process.
+    pub(super) inactive: Cell<bool>,
     /// Jobs that keep it writable.
     pub(super) writers: Cell<u32>,
     /// What lies below was changed: its content means nothing any more.
@@ -76,6 +93,8 @@ pub struct Node {
     pub(super) claims: Rc<RangeLocks>,
     pub(super) hooks: Hooks,
     pub(super) bitmaps: NodeBitmaps,
+    pub(super) watch: Rc<WriteWatch>,
+    pub(super) account: Account,
     pub(super) users: Users,
     pub(super) attachments: RefCell<Vec<Weak<Attachment>>>,
 }
@@ -91,9 +110,10 @@ impl Node {
             name: parts.name,
             layer,
             filename: RefCell::new(parts.filename),
-            options: parts.options,
+            options: Cell::new(parts.options),
             monitor_owned: Cell::new(parts.monitor_owned),
             asked_writable: Cell::new(parts.writable),
+            inactive: Cell::new(false),
             writers: Cell::new(0),
             stale: Cell::new(false),
             file: RefCell::new(parts.file),
@@ -105,6 +125,8 @@ impl Node {
             claims: RangeLocks::new(core),
             hooks: Hooks::new(),
             bitmaps: NodeBitmaps::default(),
+            watch: Rc::default(),
+            account: Account::default(),
             users: Users::default(),
             attachments: RefCell::default(),
         })
@@ -160,9 +182,28 @@ impl Node {
         self.layer.format.info()
     }
 
-    /// The node's options.
-    pub fn options(&self) -> &NodeOptions {
-        &self.options
+    /// The node's options, now.
+    pub fn options(&self) -> NodeOptions {
+        self.options.get()
+    }
+
+    /// Changes the options for requests that begin from now on. `direct` only tells what the file
+    /// was opened with.
+    pub fn set_options(&self, options: NodeOptions) {
+        self.options.set(options);
+    }
+
+    /// How far the node was written; that of the file where the node is the file.
+    pub fn write_watch(&self) -> Rc<WriteWatch> {
+        match self.format().data_storage() {
+            Storage::File(file) if self.is_protocol() => Rc::clone(file.watch()),
+            _ => Rc::clone(&self.watch),
+        }
+    }
+
+    /// Whether the node is a file of the host and no image in one.
+    pub fn is_protocol(&self) -> bool {
+        self.driver() == "file"
     }
 
     /// The image itself.

@@ -74,7 +74,7 @@ pub enum Role {
 pub enum User {
     /// A front door or an embedder, by name.
     Guest {
-        /// The export's id, or what the embedder calls itself.
+        /// The export's id, or what the embedder calls itself; empty for a command's own use.
         name: Rc<str>,
     },
     /// The node called `node` has it as its backing node.
@@ -130,6 +130,7 @@ impl User {
 impl fmt::Display for User {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Guest { name } if name.is_empty() => f.write_str("an unnamed block device"),
             Self::Guest { name } => write!(f, "block device '{name}'"),
             Self::Overlay { node }
             | Self::Format { node }

@@ -72,6 +72,7 @@ mod state;
 mod subcluster;
 mod switch;
 mod tables;
+mod tuning;
 mod unpack;
 mod write;
 mod zero;

@@ -125,7 +125,9 @@ impl Copy {
     fn delay(&self) -> u64 {
         let now = self.job.core().now();
         let retry = self.retry_at.get().saturating_sub(now);
-        retry.max(self.job.rate().borrow_mut().delay(now))
+        let mut rate = self.job.rate().borrow_mut();
+        rate.unit(self.granularity(), self.unit);
+        retry.max(rate.delay(now))
     }
 
     /// Starts the next background copy; false if everything dirty is in flight already.
@@ -173,12 +175,13 @@ impl Copy {
     fn next_candidate(&self, from: u64) -> Option<(GuestRange, bool)> {
         let todo = self.todo.borrow();
         let zeroes = self.zero.borrow();
+        let unit = self.job.rate().borrow_mut().unit(todo.granularity(), self.unit);
         let start = todo.next_dirty(from)?;
         let zero = zeroes.test(start);
         let (limit, change) = if zero {
-            (ZERO_UNIT.max(self.unit), zeroes.next_clean(start))
+            (ZERO_UNIT.max(unit), zeroes.next_clean(start))
         } else {
-            (self.unit, zeroes.next_dirty(start).unwrap_or(self.size()))
+            (unit, zeroes.next_dirty(start).unwrap_or(self.size()))
         };
         let range = todo.next_dirty_range(start, limit.min(change - start))?;
         Some((range, zero))
