@@ -114,7 +114,7 @@ fn spec(target: &DriveTarget, format: &str, backing: BackingSource, source: &Rc<
     open.file = FileSource::Open(FileSpec { path: target.file.clone(), ..FileSpec::default() });
     open.name.clone_from(&target.node_name);
     open.backing = backing;
-    open.options = NodeOptions { discard_unmap: target.unmap, ..source.options().clone() };
+    open.options = NodeOptions { discard_unmap: target.unmap, ..source.options() };
     open
 }
 

@@ -21,6 +21,7 @@ fn slow_backup(
         sync: SyncMode::Full,
         allow_larger_target: false,
         compress: false,
+        more: Default::default(),
     }
 }
 
@@ -66,7 +67,8 @@ fn guests_are_not_delayed_by_the_limit_and_the_background_pays_for_them() {
         assert!(answered < whole() / 10, "16 writes took {answered} ns");
         let manager = JobManager::of(&core);
         let copied = manager.query_block().remove(0).facts.offset;
-        assert!(copied >= SIZE / 3, "{copied} bytes were kept for the backup");
+        // The last ones are in memory and on their way.
+        assert!(copied + (128 << 10) >= SIZE / 3, "{copied} bytes were kept for the backup");
         // What was copied before its turn is paid for: the rest waits for a second.
         core.sleep(whole() / 4).await;
         let later = manager.query_block().remove(0).facts.offset;

@@ -36,7 +36,7 @@ impl Graph {
     pub fn add_view(&self, new: NewView) -> Result<Rc<Node>> {
         let name = self.name_for(new.name.as_deref())?;
         let below = Rc::clone(new.view.below());
-        let mut options = below.options().clone();
+        let mut options = below.options();
         options.discard_unmap = new.discard_unmap;
         let parts = NodeParts {
             id: self.next_id(),
