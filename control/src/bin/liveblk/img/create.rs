@@ -309,7 +309,12 @@ impl Design {
             let text = format!("The image size is too large for file format '{format}'");
             return Failure::new(text);
         }
-        refused(error.clone())
+        if error.errno() == libc::EFBIG {
+            let text = "The image size is too large for file format 'qcow2' (try using a larger \
+                        cluster size)";
+            return Failure::new(text);
+        }
+        Failure::from(error.clone())
     }
 
     /// What the driver is asked for: the options under their QMP names.
