@@ -391,13 +391,3 @@ impl Design {
         line
     }
 }
-
-/// A creation that failed, in the words of qemu-img where the size is what does not fit.
-fn refused(error: liveblk::Error) -> Failure {
-    if error.errno() != libc::EFBIG {
-        return Failure::from(error);
-    }
-    Failure::new(
-        "The image size is too large for file format 'qcow2' (try using a larger cluster size)",
-    )
-}
