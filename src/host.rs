@@ -268,6 +268,7 @@ impl Host {
             copy_mode: CopyMode::Background,
             granularity: None,
             allow_larger_target: false,
+            more: Default::default(),
         };
         Ok(liveblk_jobs::start_mirror(spec).await?)
     }
@@ -289,6 +290,7 @@ impl Host {
             sync: SyncMode::Full,
             allow_larger_target: false,
             compress: false,
+            more: Default::default(),
         };
         Ok(liveblk_jobs::start_backup(spec).await?)
     }

@@ -64,6 +64,7 @@ impl Work {
             to,
             backing_file: None,
             mask_protocol: false,
+            filter_name: None,
         };
         let commit = |top, base| CommitSpec {
             job: job.clone(),
@@ -72,6 +73,7 @@ impl Work {
             base,
             backing_file: None,
             mask_protocol: false,
+            filter_name: None,
         };
         match self {
             Self::Flatten => start_stream(stream(top, StreamTo::End)).await.map(drop),

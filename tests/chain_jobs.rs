@@ -24,6 +24,7 @@ fn stream(node: &Rc<Node>, to: StreamTo) -> StreamSpec {
         to,
         backing_file: None,
         mask_protocol: false,
+        filter_name: None,
     }
 }
 
@@ -35,6 +36,7 @@ fn commit(device: &Rc<Node>, top: &Rc<Node>, base: &Rc<Node>, job: JobOptions) -
         base: base.clone(),
         backing_file: None,
         mask_protocol: false,
+        filter_name: None,
     }
 }
 
@@ -214,9 +216,9 @@ fn a_cancelled_job_leaves_the_chain_as_it_is_seen_and_nothing_in_use() {
             manager.job_verb("j", Verb::Cancel).expect("cancels");
             rig::gone(&core, "j").await;
             assert!(core.now() - asked < 1_000_000_000, "null within a second");
+            guests.stop().await;
             core.sleep(2_000_000_000).await;
             assert!(!c.is_writable() && !a.is_writable(), "{:?}", report(&core));
-            guests.stop().await;
             let now = log.model(0, &first);
             assert_eq!(first_difference(&content(&d).await, &now), None);
             // What was left is of use: the same job again, to its end.
@@ -263,6 +265,7 @@ fn other_jobs_and_a_snapshot_of_the_node_run_beside_a_stream() {
                     sync: SyncMode::Full,
                     allow_larger_target: false,
                     compress: false,
+                    more: Default::default(),
                 };
                 let from = core.now();
                 start_backup(spec).await.expect("it starts");

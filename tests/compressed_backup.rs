@@ -61,6 +61,7 @@ fn backup(source: &Rc<Node>, target: &Rc<Node>) -> BackupSpec {
         sync: SyncMode::Full,
         allow_larger_target: false,
         compress: true,
+        more: Default::default(),
     }
 }
 

@@ -46,6 +46,7 @@ fn world(seed: u64) -> (Sim, Disk, Rc<Node>) {
             sync: SyncMode::Full,
             allow_larger_target: false,
             compress: false,
+            more: Default::default(),
         };
         start_backup(spec).await.expect("a backup");
         (disk, target)

@@ -73,6 +73,7 @@ fn mirror(source: &Rc<Node>, target: &Rc<Node>, sync: SyncMode) -> MirrorSpec {
         copy_mode: CopyMode::Background,
         granularity: None,
         allow_larger_target: false,
+        more: Default::default(),
     }
 }
 
@@ -84,6 +85,7 @@ fn backup(source: &Rc<Node>, target: &Rc<Node>, sync: SyncMode) -> BackupSpec {
         sync,
         allow_larger_target: false,
         compress: false,
+        more: Default::default(),
     }
 }
 

@@ -326,8 +326,20 @@ pub struct Abilities {
     pub compress: Option<Rc<dyn CompressedWrites>>,
     /// Snapshots inside the image file.
     pub snapshots: Option<Rc<dyn InternalSnapshots>>,
+    /// Options that can change while the image is in use.
+    pub options: Option<Rc<dyn RuntimeOptions>>,
     /// Dirty bitmaps inside the image file.
     pub bitmaps: Option<Rc<dyn StoredBitmaps>>,
+}
+
+/// What makes prepared options effective: memory only, cannot fail.
+pub type Applied = Box<dyn FnOnce()>;
+
+/// Options of an open image that can change while it is in use.
+pub trait RuntimeOptions {
+    /// Checks all options by their QMP names (those that are not named get their defaults) and
+    /// whether freed space is given back to the storage. Changes nothing; the answer does.
+    fn prepare(&self, options: &FormatOptions, discard_unmap: bool) -> Result<Applied>;
 }
 
 /// Writes that store whole clusters compressed.

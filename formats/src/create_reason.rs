@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use liveblk_engine::ErrorKind;
+
 /// A reason why creation options are refused; Display is the whole text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CreateReason {
@@ -25,6 +27,17 @@ pub enum CreateReason {
     Size,
     /// The virtual size needs a larger L1 table than there may be.
     TooLarge,
+    /// A virtual size of 8 EiB or more.
+    Negative,
+    /// The header cannot hold the backing file's name.
+    Backing {
+        /// The name.
+        file: String,
+        /// The format that was named.
+        format: Option<String>,
+        /// Whether the name is short enough and only this header has no room for it.
+        full: bool,
+    },
     /// The cluster size cannot be.
     ClusterSize,
     /// Extended L2 entries need larger clusters.
@@ -45,6 +58,17 @@ pub enum CreateReason {
     DataFileMissing,
 }
 
+impl CreateReason {
+    /// The errno that goes with it: `EFBIG` where another cluster size would help.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::TooLarge => ErrorKind::Io(27),
+            Self::Backing { full: true, .. } => ErrorKind::NoSpace,
+            _ => ErrorKind::InvalidArgument,
+        }
+    }
+}
+
 impl fmt::Display for CreateReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -62,11 +86,17 @@ impl fmt::Display for CreateReason {
                     if what.ends_with("require") { "or" } else { "and" },
                 );
             }
-            Self::Size => "Image size must be a multiple of 512 bytes",
-            Self::TooLarge => {
-                "The image size is too large for file format 'qcow2' (try using a larger cluster \
-                 size)"
+            Self::Backing { file, format, full } => {
+                let format = format.as_deref().unwrap_or("(null)");
+                let why = if *full { "No space left on device" } else { "Invalid argument" };
+                return write!(
+                    f,
+                    "Could not assign backing file '{file}' with format '{format}': {why}"
+                );
             }
+            Self::Negative => "Could not resize image: Image size cannot be negative",
+            Self::Size => "Image size must be a multiple of 512 bytes",
+            Self::TooLarge => "Could not resize image: Failed to grow the L1 table: File too large",
             Self::ClusterSize => "Cluster size must be a power of two between 512 and 2048k",
             Self::ExtendedClusterSize => {
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"

@@ -215,10 +215,10 @@ impl Reason {
             Self::SnapshotsMany | Self::L1Grow => ErrorKind::Io(27),
             Self::RefcountOverflow(..)
             | Self::SnapshotName
+            | Self::BackingName
             | Self::PreallocationShrink
             | Self::SizeAlignment
             | Self::Option(_)
-            | Self::Create(_)
             | Self::DataFile
             | Self::DataFileUnexpected
             | Self::RawRange { .. }
@@ -227,6 +227,7 @@ impl Reason {
                 ErrorKind::NoSpace
             }
             Self::Bitmap(reason) => reason.kind(),
+            Self::Create(reason) => reason.kind(),
             Self::ReferenceProtocol(_)
             | Self::ReferenceOutside { .. }
             | Self::ReferenceExplicit { .. } => ErrorKind::PolicyRefused,

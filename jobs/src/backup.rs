@@ -7,8 +7,9 @@
 //! 3. a copy clears the bits before it reads;
 //! 4. the target is durable before the end is announced.
 //!
-//! A target that fails never reaches the guest. Old content that a guest overwrote is written again
-//! by the policy of the job as long as the reserve holds it; beyond that the job fails.
+//! A target that fails never reaches the guest, unless the client asked for that. Old content that
+//! a guest overwrote is written again by the policy of the job as long as the reserve holds it;
+//! beyond that the job fails.
 
 use std::rc::Rc;
 
@@ -17,14 +18,14 @@ use liveblk_engine::error::Result as EngineResult;
 use liveblk_engine::format::LocalFuture;
 use liveblk_engine::node::WriteHook;
 
-use crate::copy::{Copy, CopySetup, Plan};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Plan};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
+use crate::fleecing::shows;
 use crate::job::Job;
-use crate::limits::BACKUP_GRANULE_MIN;
 use crate::manager::JobManager;
 use crate::spec::{BackupSpec, SyncMode};
-use crate::start::{Body, HookSlot, Prepared, check_free, use_nodes};
+use crate::start::{Body, HookSlot, Prepared, check_free, show_filter, use_bitmap, use_nodes};
 use crate::txn::JobTxn;
 
 /// Starts a backup. When the future ends well, the point in time is in the past: every write
@@ -38,6 +39,7 @@ pub async fn start_backup(spec: BackupSpec) -> Result<Rc<Job>> {
 
 /// All of a start that comes before the cut.
 pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepared> {
+    let bitmap = spec.more.bitmap.checked(spec.sync, &spec.source)?;
     spec.check()?;
     let manager = JobManager::of(spec.source.core());
     check_free(&manager, &spec.source, &spec.target)?;
@@ -54,25 +56,55 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
             return Err(error);
         }
     };
+    let overlay = shows(&spec.target, &spec.source);
+    if overlay {
+        spec.target.watch_reads();
+    }
+    let by_bitmap = spec.sync.is_by_bitmap();
     let copy = Copy::new(CopySetup {
         job,
         source: Rc::clone(&spec.source),
         target: Rc::clone(&spec.target),
-        granularity: spec.target.cluster_size().max(BACKUP_GRANULE_MIN),
-        all_dirty: true,
+        granularity: spec.granularity(),
+        before: BeforeWrite { on_error: spec.more.on_cbw_error, timeout_ns: None, overlay },
+        bounds: bounds(&spec),
+        all_dirty: !by_bitmap,
         whole_granules: true,
         compress: spec.compress,
+        keeps_bytes: true,
+        discard_source: spec.more.discard_source,
         hold,
     });
+    show_filter(Kind::Backup, &copy, spec.more.filter_name.as_deref())?;
     let hook: Rc<dyn WriteHook> = Rc::new(CopyBeforeWrite(Rc::clone(&copy)));
     let slot = HookSlot::new(&spec.source, hook);
+    if let Some((name, mode)) = bitmap {
+        let used = use_bitmap(&copy, &name, mode)?;
+        let begun = Rc::clone(&copy);
+        slot.at_start(Box::new(move || {
+            used.freeze();
+            begun.begin_with(&used, !by_bitmap);
+        }));
+    }
     let inner = Rc::clone(&copy);
     let body: Body = Box::pin(async move { run(inner, spec).await.map(|()| None) });
-    Ok(Prepared { copy, slot, body })
+    Ok(Prepared { copy, slot, body, opened: None })
+}
+
+/// What the client's tuning allows.
+fn bounds(spec: &BackupSpec) -> Bounds {
+    let mut bounds = Bounds::default();
+    if let Ok(workers @ 1..) = usize::try_from(spec.more.max_workers) {
+        bounds.units = bounds.units.min(workers);
+    }
+    if spec.more.max_chunk > 0 {
+        bounds.chunk = spec.more.max_chunk;
+    }
+    bounds
 }
 
 /// Lets a write go when the old content is safe.
-struct CopyBeforeWrite(Rc<Copy>);
+pub(crate) struct CopyBeforeWrite(pub(crate) Rc<Copy>);
 
 impl WriteHook for CopyBeforeWrite {
     fn before_write(&self, range: GuestRange) -> Option<LocalFuture<'static, EngineResult<()>>> {
@@ -80,10 +112,7 @@ impl WriteHook for CopyBeforeWrite {
             return None;
         }
         let copy = Rc::clone(&self.0);
-        Some(Box::pin(async move {
-            copy.before_guest_write(range).await;
-            Ok(())
-        }))
+        Some(Box::pin(async move { copy.before_guest_write(range).await }))
     }
 
     fn after_write(&self, _: GuestRange) {}
@@ -96,9 +125,15 @@ async fn run(copy: Rc<Copy>, spec: BackupSpec) -> Result<()> {
     if spec.sync == SyncMode::None {
         return keep_old(&copy).await;
     }
-    copy.plan(Plan { top, all_dirty: true }).await?;
+    if !spec.sync.is_by_bitmap() {
+        copy.plan(Plan { top, all_dirty: true, target_is_zero: false }).await?;
+    }
     copy.run_until_clean().await?;
-    copy.flush_target().await
+    copy.flush_target().await?;
+    // Who reads an overlay may be on the way to the source, which guests are about to change.
+    let readers = copy.target().reads_ended(GuestRange::new(0, copy.size()));
+    copy.job().unless_dead(readers, || copy.is_dead()).await;
+    copy.check()
 }
 
 /// Keeps what guests overwrite until the job is cancelled.

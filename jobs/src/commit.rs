@@ -23,13 +23,13 @@ use crate::chain::{
 };
 use crate::chain_error::ChainError;
 use crate::commit_active;
-use crate::copy::{Copy, CopySetup, Layers};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Layers};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
 use crate::job::Job;
 use crate::manager::JobManager;
 use crate::spec::JobOptions;
-use crate::start::{Body, HookSlot, LastStep, Prepared};
+use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
 use crate::txn::JobTxn;
 
 /// A commit to be started.
@@ -48,6 +48,8 @@ pub struct CommitSpec {
     pub backing_file: Option<String>,
     /// Write the format "raw" where the base is a plain file.
     pub mask_protocol: bool,
+    /// The name under which queries show the job's filter node.
+    pub filter_name: Option<String>,
 }
 
 impl CommitSpec {
@@ -60,6 +62,7 @@ impl CommitSpec {
             base: Rc::clone(base),
             backing_file: None,
             mask_protocol: false,
+            filter_name: None,
         }
     }
 
@@ -103,6 +106,7 @@ pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
     spec.check()?;
     let nodes = spec.nodes()?;
     if spec.is_active() {
+        check_filter(&Graph::of(spec.top.core()), spec.filter_name.as_deref())?;
         return commit_active::start(spec, nodes).await;
     }
     let manager = JobManager::of(spec.top.core());
@@ -114,12 +118,23 @@ pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
     job.set_section(held.iter().map(|node| node.id()).collect());
     let section = Section::new(&graph);
     let idle = vouch(&section, &graph, &nodes);
-    if let Err(error) = hold(&section, &job, &nodes, false).await {
+    // As the peer: a job between is announced before its filter's name is looked at.
+    let named = check_filter(&graph, spec.filter_name.as_deref());
+    let held = match named {
+        Ok(()) => hold(&section, &job, &nodes, false).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = held {
         section.end().await;
         manager.withdraw(&job);
         return Err(error);
     }
-    Ok(prepare(job, spec, section, Lot { nodes, idle }).commit())
+    Ok(prepare(job, spec, section, Lot { nodes, idle })?.commit())
+}
+
+/// Checks the name of a filter.
+pub(crate) fn check_filter(graph: &Graph, name: Option<&str>) -> Result<()> {
+    Ok(name.map_or(Ok(()), |name| graph.check_name(name))?)
 }
 
 /// The nodes that a commit concerns.
@@ -194,7 +209,7 @@ pub(crate) fn granularity(base: &Node) -> u64 {
     }
 }
 
-fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Prepared {
+fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Result<Prepared> {
     let copy = Copy::new(CopySetup {
         job,
         source: Rc::clone(&spec.top),
@@ -203,15 +218,20 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
         all_dirty: true,
         whole_granules: false,
         compress: false,
+        keeps_bytes: true,
+        discard_source: false,
+        before: BeforeWrite::default(),
+        bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });
+    show_filter(Kind::Commit, &copy, spec.filter_name.as_deref())?;
     let slot = HookSlot::empty(&spec.top);
     let commit = Rc::new(Commit { copy: Rc::clone(&copy), spec, lot });
     let (held, inner) = (Rc::clone(&section), Rc::clone(&copy));
     let body: Body = Box::pin(async move {
         with_section(held, inner, async move { commit.run(section).await }).await
     });
-    Prepared { copy, slot, body }
+    Ok(Prepared { copy, slot, body, opened: None })
 }
 
 struct Commit {

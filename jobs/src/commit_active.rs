@@ -19,14 +19,14 @@ use liveblk_engine::node::{Node, WriteHook};
 
 use crate::chain::{Section, close_dropped, with_section};
 use crate::commit::{CommitSpec, Lot, begin, granularity, hold, layers_of, vouch};
-use crate::copy::{Copy, CopySetup};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup};
 use crate::error::{JobError, Result};
 use crate::event::{Kind, Operation};
 use crate::job::Job;
 use crate::lifecycle::Ending;
 use crate::limits::{CUT_WAIT_NS, PIVOT_BYTES, PIVOT_BYTES_MAX, PIVOT_PATIENCE_NS};
 use crate::manager::JobManager;
-use crate::start::{Body, HookSlot, LastStep, Prepared};
+use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
 use crate::txn::JobTxn;
 
 /// Starts an active commit over `nodes`, from the top to the base.
@@ -48,10 +48,10 @@ pub(crate) async fn start(spec: CommitSpec, nodes: Vec<Rc<Node>>) -> Result<Rc<J
         manager.withdraw(&job);
         return Err(error);
     }
-    prepare(job, spec, section, Lot { nodes, idle }).start().await
+    prepare(job, spec, section, Lot { nodes, idle })?.start().await
 }
 
-fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Prepared {
+fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Result<Prepared> {
     let copy = Copy::new(CopySetup {
         job,
         source: Rc::clone(&spec.top),
@@ -60,8 +60,13 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
         all_dirty: false,
         whole_granules: false,
         compress: false,
+        keeps_bytes: true,
+        discard_source: false,
+        before: BeforeWrite::default(),
+        bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });
+    show_filter(Kind::Commit, &copy, spec.filter_name.as_deref())?;
     let hook: Rc<dyn WriteHook> = Rc::new(MarkDirty(Rc::clone(&copy)));
     let slot = HookSlot::new(&spec.top, hook);
     let (held, inner) = (Rc::clone(&section), Rc::clone(&copy));
@@ -69,7 +74,7 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Pr
     let body: Body = Box::pin(async move {
         with_section(held, inner, async move { Rc::new(commit).run().await }).await
     });
-    Prepared { copy, slot, body }
+    Ok(Prepared { copy, slot, body, opened: None })
 }
 
 /// Sets dirty bits for what guests write.

@@ -59,11 +59,6 @@ pub enum JobError {
     ChangeUnsupported,
     /// An amend of the encryption of an image that has none.
     NotEncrypted,
-    /// A copy mode that a running mirror cannot be changed to.
-    ChangeNotImplemented {
-        /// The mode asked for, as in QMP.
-        mode: &'static str,
-    },
     /// A mode or option that this version does not have.
     NotYet {
         /// What was asked for, in words.
@@ -79,18 +74,22 @@ pub enum JobError {
         /// What the job does, as a verb ("mirror").
         verb: &'static str,
     },
+    /// A largest copy that is smaller than a unit of copy-before-write.
+    ChunkTooSmall {
+        /// Bytes of the largest copy.
+        chunk: u64,
+        /// Bytes of a unit.
+        granule: u64,
+    },
     /// The target does not store compressed clusters.
     CompressionUnsupported,
-    /// A mode that the command does not take.
-    SyncModeUnsupported {
-        /// The mode, as in QMP.
-        mode: &'static str,
-    },
     /// A mode that copies what a bitmap names, without one.
     BitmapMissing {
         /// The mode, as in QMP.
         mode: &'static str,
     },
+    /// A rule of bitmaps in jobs is broken.
+    Bitmap(BitmapRule),
     /// Source and target differ in size (mirror's text, found inside the job).
     SizesDiffer,
     /// Source and target differ in size (backup's text, found before the start).
@@ -128,6 +127,8 @@ pub enum JobError {
         /// The bound.
         limit: usize,
     },
+    /// A file cannot be made as asked.
+    Create(CreateError),
     /// A snapshot rule was broken.
     Snapshot(SnapshotError),
     /// The transaction holds an `abort` action.
@@ -152,6 +153,82 @@ pub enum GranularityRule {
     Range,
     /// A power of two.
     PowerOfTwo,
+}
+
+/// Rules of a user's bitmap in a job, with the peer's texts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BitmapRule {
+    /// A mode without a bitmap.
+    ModeWithoutBitmap,
+    /// A bitmap without a mode.
+    ModeMissing,
+    /// Incremental with another mode than on-success.
+    IncrementalMode,
+    /// No bitmap of that name on the source itself.
+    NotFound {
+        /// The name.
+        name: Box<str>,
+    },
+    /// The bitmap would mean nothing afterwards.
+    NoOutput {
+        /// What is copied, as in QMP.
+        sync: &'static str,
+    },
+    /// The bitmap is neither looked at nor changed.
+    NoEffect {
+        /// What is copied, as in QMP.
+        sync: &'static str,
+    },
+}
+
+impl fmt::Display for BitmapRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ModeWithoutBitmap => {
+                f.write_str("Cannot specify bitmap sync mode without a bitmap")
+            }
+            Self::ModeMissing => {
+                f.write_str("Bitmap sync mode must be given when providing a bitmap")
+            }
+            Self::IncrementalMode => f.write_str(
+                "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'",
+            ),
+            Self::NotFound { name } => write!(f, "Bitmap '{name}' could not be found"),
+            Self::NoOutput { sync } => {
+                write!(f, "sync mode '{sync}' does not produce meaningful bitmap outputs")
+            }
+            Self::NoEffect { sync } => write!(
+                f,
+                "Bitmap sync mode 'never' has no meaningful effect when combined with sync mode \
+                 '{sync}'"
+            ),
+        }
+    }
+}
+
+impl From<BitmapRule> for JobError {
+    fn from(rule: BitmapRule) -> Self {
+        Self::Bitmap(rule)
+    }
+}
+
+/// Why a file cannot be made, with the peer's texts.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum CreateError {
+    /// Files do not have this kind of preallocation.
+    PreallocationMode(&'static str),
+    /// A size of 8 EiB or more.
+    NegativeSize,
+    /// The file system does not have files of that size.
+    TooLarge,
+    /// The size cannot be set, or its space not be taken.
+    Resize {
+        /// What could not be done.
+        what: &'static str,
+        /// Why.
+        error: liveblk_engine::Error,
+    },
 }
 
 /// Refusals of snapshots, with the peer's texts.
@@ -185,6 +262,18 @@ pub enum SnapshotError {
     FileExists {
         /// Its path.
         path: Box<str>,
+    },
+    /// The file is to be opened and names no format that proves itself.
+    FormatMissing {
+        /// Its path.
+        path: Box<str>,
+    },
+    /// The file cannot be opened.
+    CannotOpen {
+        /// Its path.
+        path: Box<str>,
+        /// Why.
+        source: liveblk_engine::Error,
     },
     /// The file cannot be created or opened.
     File {
@@ -255,9 +344,6 @@ impl fmt::Display for JobError {
             Self::NegativeSpeed => f.write_str("Parameter 'speed' expects a non-negative value"),
             Self::NotEncrypted => f.write_str("image is not encrypted, can't amend"),
             Self::ChangeUnsupported => f.write_str("Job type does not support change"),
-            Self::ChangeNotImplemented { mode } => {
-                write!(f, "Change to copy mode '{mode}' is not implemented")
-            }
             Self::NotYet { what } => write!(f, "{what} is not supported by this version"),
             Self::BadGranularity { rule: GranularityRule::Range } => {
                 f.write_str("Parameter 'granularity' expects a value in range [512B, 64MB]")
@@ -267,16 +353,18 @@ impl fmt::Display for JobError {
             }
             Self::SameNode { verb: "mirror" } => f.write_str("Can't mirror node into itself"),
             Self::SameNode { .. } => f.write_str("Source and target cannot be the same"),
+            Self::ChunkTooSmall { chunk, granule } => write!(
+                f,
+                "Required max-chunk ({chunk}) is less than backup cluster size ({granule})"
+            ),
             Self::CompressionUnsupported => {
                 // The peer names the target's device here, which nodes do not have.
                 f.write_str("Compression is not supported for this drive ")
             }
-            Self::SyncModeUnsupported { mode } => {
-                write!(f, "Sync mode '{mode}' not supported")
-            }
             Self::BitmapMissing { mode } => {
                 write!(f, "must provide a valid bitmap name for '{mode}' sync mode")
             }
+            Self::Bitmap(rule) => rule.fmt(f),
             Self::SizesDiffer => f.write_str("Source and target image have different sizes"),
             Self::SizesDifferBytes { .. } => {
                 f.write_str("Source and target image have different sizes")
@@ -291,6 +379,7 @@ impl fmt::Display for JobError {
                 write!(f, "Node '{node}' is busy: block device is in use by block job: {kind}")
             }
             Self::TooMany { what, limit } => write!(f, "Too many {what} (at most {limit})"),
+            Self::Create(error) => error.fmt(f),
             Self::Snapshot(error) => error.fmt(f),
             Self::AbortAction => f.write_str("Transaction aborted using Abort action"),
             Self::NotGrouped { action } => write!(
@@ -300,6 +389,17 @@ impl fmt::Display for JobError {
             Self::Cancelled => f.write_str("Operation canceled"),
             Self::Chain(error) => error.fmt(f),
             Self::Engine(error) => error.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for CreateError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PreallocationMode(mode) => write!(f, "Unsupported preallocation mode: {mode}"),
+            Self::NegativeSize => f.write_str("Could not resize file: Invalid argument"),
+            Self::TooLarge => f.write_str("Could not resize file: File too large"),
+            Self::Resize { what, error } => write!(f, "{what}: {}", error.kind()),
         }
     }
 }
@@ -321,6 +421,14 @@ impl fmt::Display for SnapshotError {
                 "Could not create '{path}': the file exists and is not empty \
                  (remove it, or use mode 'existing')"
             ),
+            Self::FormatMissing { path } => write!(
+                f,
+                "Could not open '{path}': its format is not known (name it with 'format')"
+            ),
+            Self::CannotOpen { path, source } => match source.detail() {
+                Some(detail) => write!(f, "{detail}"),
+                None => write!(f, "Could not open '{path}': {}", source.kind()),
+            },
             Self::File { path, source } => match source.detail() {
                 Some(detail) => write!(f, "Could not create '{path}': {detail}"),
                 None => write!(f, "Could not create '{path}': {}", source.kind()),
@@ -354,6 +462,7 @@ impl StdError for JobError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Self::Engine(error)
+            | Self::Create(CreateError::Resize { error, .. })
             | Self::Snapshot(
                 SnapshotError::File { source: error, .. }
                 | SnapshotError::Internal { source: error, .. },
@@ -372,6 +481,12 @@ impl From<liveblk_engine::Error> for JobError {
 impl From<ChainError> for JobError {
     fn from(error: ChainError) -> Self {
         Self::Chain(error)
+    }
+}
+
+impl From<CreateError> for JobError {
+    fn from(error: CreateError) -> Self {
+        Self::Create(error)
     }
 }
 

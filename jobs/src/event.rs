@@ -11,6 +11,8 @@ pub enum Kind {
     Mirror,
     /// Copies the source as it was at the start.
     Backup,
+    /// Makes a file or an image.
+    Create,
     /// Changes options of an image.
     Amend,
     /// Gives a layer for its own what layers below it hold.
@@ -25,6 +27,7 @@ impl Kind {
         match self {
             Self::Mirror => "mirror",
             Self::Backup => "backup",
+            Self::Create => "create",
             Self::Amend => "amend",
             Self::Stream => "stream",
             Self::Commit => "commit",
@@ -35,7 +38,7 @@ impl Kind {
     pub const fn is_block_job(self) -> bool {
         match self {
             Self::Mirror | Self::Backup | Self::Stream | Self::Commit => true,
-            Self::Amend => false,
+            Self::Create | Self::Amend => false,
         }
     }
 }

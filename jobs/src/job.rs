@@ -10,15 +10,17 @@ use std::rc::{Rc, Weak};
 use liveblk_engine::ErrorKind;
 use liveblk_engine::executor::Core;
 use liveblk_engine::executor::sync::{Either, Notify, select};
-use liveblk_engine::node::NodeId;
+use liveblk_engine::node::{Node, NodeId};
 
+use crate::bitmap_use::BitmapUse;
 use crate::error::JobError;
 use crate::event::{Action, BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind, Operation};
 use crate::lifecycle::{Ending, IoStatus, Life, Status};
 use crate::manager::JobManager;
+use crate::pivot::Pivot;
 use crate::progress::Progress;
 use crate::rate::Rate;
-use crate::spec::{JobOptions, OnError};
+use crate::spec::{CopyMode, JobOptions, OnError};
 use crate::start::LastStep;
 use crate::txn::JobTxn;
 
@@ -45,6 +47,18 @@ pub struct Job {
     last_step: RefCell<Option<LastStep>>,
     /// The result is effective: a cancel comes too late.
     decided: Cell<bool>,
+    /// How it ends with its transaction, if that is a cut.
+    pivot: RefCell<Option<Pivot>>,
+    /// A target that was opened for it.
+    owned: RefCell<Option<Rc<Node>>>,
+    /// The user's bitmap that it works with.
+    bitmap: RefCell<Option<Rc<BitmapUse>>>,
+    /// It has no events and no place in queries: the copies of a client's filter.
+    hidden: bool,
+    /// Of a mirror: how guest writes reach the target now.
+    copy_mode: Cell<CopyMode>,
+    /// Of a mirror: every write that was answered is in the target.
+    synced: Cell<bool>,
 }
 
 impl Job {
@@ -73,9 +87,25 @@ impl Job {
             scope: RefCell::default(),
             last_step: RefCell::new(None),
             decided: Cell::new(false),
+            pivot: RefCell::new(None),
+            owned: RefCell::new(None),
+            bitmap: RefCell::new(None),
+            hidden: false,
+            copy_mode: Cell::new(CopyMode::Background),
+            synced: Cell::new(false),
             options,
             core,
         })
+    }
+
+    /// A job that nobody sees, for copies that no command started.
+    pub(crate) fn hidden(manager: &Rc<JobManager>, name: &str) -> Rc<Self> {
+        let (options, txn) = (JobOptions::new(name), JobTxn::new());
+        let mut job = Self::new(manager, Kind::Backup, options, &txn);
+        if let Some(job) = Rc::get_mut(&mut job) {
+            job.hidden = true;
+        }
+        job
     }
 
     /// The id.
@@ -149,7 +179,7 @@ impl Job {
     }
 
     pub(crate) fn emit(&self, event: Event) {
-        if let Some(manager) = self.manager.upgrade() {
+        if let Some(manager) = self.manager.upgrade().filter(|_| !self.hidden) {
             manager.emit(&event);
         }
     }
@@ -248,6 +278,57 @@ impl Job {
         self.decided.get()
     }
 
+    /// How guest writes reach a mirror's target now.
+    pub fn copy_mode(&self) -> CopyMode {
+        self.copy_mode.get()
+    }
+
+    /// Changes how guest writes reach a mirror's target, from the next write on.
+    pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
+        self.copy_mode.set(mode);
+        if mode == CopyMode::Background {
+            self.synced.set(false);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Whether every write that was answered is in the target.
+    pub(crate) fn set_synced(&self, synced: bool) {
+        self.synced.set(synced);
+    }
+
+    /// Ends by `pivot` when its transaction does.
+    pub(crate) fn set_pivot(&self, pivot: Pivot) {
+        self.pivot.replace(Some(pivot));
+    }
+
+    pub(crate) fn take_pivot(&self) -> Option<Pivot> {
+        self.pivot.take()
+    }
+
+    /// The job's target goes with it, unless guests have moved there.
+    pub(crate) fn own(&self, target: &Rc<Node>) {
+        self.owned.replace(Some(Rc::clone(target)));
+    }
+
+    pub(crate) fn has_owned(&self) -> bool {
+        self.owned.borrow().is_some()
+    }
+
+    pub(crate) fn take_owned(&self) -> Option<Rc<Node>> {
+        self.owned.take()
+    }
+
+    /// Works with a user's bitmap.
+    pub(crate) fn set_bitmap(&self, bitmap: &Rc<BitmapUse>) {
+        self.bitmap.replace(Some(Rc::clone(bitmap)));
+    }
+
+    /// The user's bitmap that it works with.
+    pub(crate) fn bitmap(&self) -> Option<Rc<BitmapUse>> {
+        self.bitmap.borrow().clone()
+    }
+
     pub(crate) fn set_last_step(&self, step: LastStep) {
         self.last_step.replace(Some(step));
     }
@@ -267,7 +348,8 @@ impl Job {
 
     /// Gives back what the job has: the end of its scope.
     pub(crate) fn release(&self) {
-        let parts = (self.last_step.take(), self.scope.take());
+        let ends = (self.last_step.take(), self.pivot.take());
+        let parts = (ends, self.scope.take(), self.bitmap.take());
         drop(parts);
     }
 
@@ -349,7 +431,7 @@ impl Job {
             auto_finalize: self.options.auto_finalize,
             auto_dismiss: self.options.auto_dismiss,
             error: self.error_text(),
-            actively_synced: (self.kind == Kind::Mirror).then_some(false),
+            actively_synced: (self.kind == Kind::Mirror).then(|| self.synced.get()),
         }
     }
 }
@@ -369,6 +451,10 @@ fn error_text(error: &JobError) -> String {
                 Some(end) => text[..end].to_owned(),
                 None => text,
             }
+        }
+        // Who holds a lock is a hint for people.
+        JobError::Engine(error) if error.kind() == ErrorKind::Locked => {
+            error.to_string().lines().next().unwrap_or_default().to_owned()
         }
         other => other.to_string(),
     }

@@ -7,28 +7,36 @@
 //! - [`mirror`], [`backup`], [`stream`], [`commit`]: jobs, policy over that loop;
 //! - [`snapshot`], [`internal`], [`transaction`]: changes that are atomic over disks and cores;
 //! - [`bitmaps`]: changes of dirty bitmaps in transactions;
+//! - [`create`]: new files and images;
 //! - [`manager`]: ids, verbs, queries, how jobs end together.
 //!
 //! Knows neither QMP nor formats; everything stays on the core of the source.
 
 #![forbid(unsafe_code)]
 
+mod actions;
+mod active;
 pub mod amend;
 pub mod backup;
+mod bitmap_use;
 pub mod bitmaps;
 mod chain;
 mod chain_error;
 pub mod commit;
 mod commit_active;
 mod copy;
+pub mod create;
+mod drive;
 pub mod error;
 pub mod event;
+pub mod fleecing;
 pub mod internal;
 mod job;
 pub mod lifecycle;
 pub mod limits;
 pub mod manager;
 pub mod mirror;
+mod pivot;
 pub mod progress;
 pub mod rate;
 pub mod region;
@@ -39,20 +47,31 @@ pub mod stream;
 pub mod transaction;
 mod txn;
 
+pub use actions::{BackupAction, MirrorAction, start_drive_backup, start_drive_mirror};
 pub use amend::{Amendment, start_amend};
 pub use backup::start_backup;
+pub use bitmap_use::BitmapChoice;
 pub use bitmaps::{BitmapAction, BitmapName};
 pub use chain_error::ChainError;
 pub use commit::{CommitSpec, start_commit};
-pub use error::{JobError, SnapshotError};
+pub use create::{Creation, NewPlace, start_create};
+pub use drive::DriveTarget;
+pub use error::{BitmapRule, CreateError, JobError, SnapshotError};
 pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};
+pub use fleecing::{
+    CopyBeforeWriteSpec, add_copy_before_write, add_snapshot_access, is_job_filter,
+    job_filter_above,
+};
 pub use internal::{InternalSnapshot, delete_internal_snapshot};
 pub use job::Job;
 pub use lifecycle::{Status, Verb};
 pub use manager::JobManager;
 pub use mirror::start_mirror;
 pub use snapshot::{NewImageMode, SnapshotFile};
-pub use spec::{BackupSpec, CopyMode, JobOptions, MirrorSpec, OnError, SyncMode};
+pub use spec::{
+    BackupOptions, BackupSpec, BitmapMode, CopyMode, JobOptions, MirrorOptions, MirrorSpec,
+    OnCbwError, OnError, SyncMode,
+};
 pub use stream::{StreamSpec, StreamTo, start_stream};
-pub use transaction::{Action, BackupAction, CompletionMode, snapshot_file, transaction};
+pub use transaction::{Action, CompletionMode, snapshot_file, transaction};
 pub use txn::JobTxn;

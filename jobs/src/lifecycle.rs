@@ -327,6 +327,10 @@ impl Life {
         force: bool,
         completable: bool,
     ) -> Result<Effect, JobError> {
+        // As by the peer, in every state.
+        if verb == Verb::Resume && !self.user_paused {
+            return Err(JobError::NotPaused);
+        }
         if !self.status.accepts(verb) {
             return Err(JobError::VerbRefused { id: id.into(), status: self.status, verb });
         }
@@ -340,9 +344,6 @@ impl Life {
                 Ok(Effect::Wake)
             }
             Verb::Resume => {
-                if !self.user_paused {
-                    return Err(JobError::NotPaused);
-                }
                 self.io_status = IoStatus::Ok;
                 self.end_user_pause();
                 Ok(Effect::Wake)
@@ -446,6 +447,9 @@ mod tests {
         for (verb, row) in TABLE {
             for (status, allowed) in Status::ALL[1..10].iter().zip(row) {
                 let mut life = life_at(*status);
+                if verb == Verb::Resume {
+                    (life.user_paused, life.pause_count) = (true, 1);
+                }
                 let answer = life.apply("j", verb, true, true);
                 let refused = matches!(answer, Err(JobError::VerbRefused { .. }));
                 assert_eq!(refused, allowed == 0, "{verb} in {status}");
@@ -461,6 +465,14 @@ mod tests {
             for status in [Status::Undefined, Status::Null] {
                 assert!(life_at(status).apply("j", verb, true, true).is_err());
             }
+        }
+    }
+
+    #[test]
+    fn resume_of_what_nobody_paused_says_so_in_every_state() {
+        for status in Status::ALL {
+            let answer = life_at(status).apply("j", Verb::Resume, false, true);
+            assert_eq!(answer.map(|_| ()), Err(JobError::NotPaused), "{status}");
         }
     }
 

@@ -23,6 +23,9 @@ pub const PLAN_STEP: u64 = 256 << 20;
 /// Bytes of one zeroing request.
 pub const ZERO_UNIT: u64 = 32 << 20;
 
+/// Bytes of one write of zeroes where a new file is filled.
+pub const ZERO_PIECE: usize = 1 << 20;
+
 /// Jobs of one core.
 pub const JOBS: usize = 1024;
 
@@ -42,6 +45,10 @@ pub const UNHOOK_WAIT_NS: u64 = 300_000_000;
 /// Nanoseconds that the end of a job waits for copies in flight; after that the target stays in use
 /// until they are over.
 pub const LANDING_WAIT_NS: u64 = 500_000_000;
+
+/// Nanoseconds that the end of a failed job waits for the flush after which a bitmap in mode always
+/// gives up what was copied.
+pub const BITMAP_FLUSH_WAIT_NS: u64 = 150_000_000;
 
 /// Nanoseconds that a cut of a job may wait for requests in flight.
 pub const CUT_WAIT_NS: u64 = 30_000_000_000;
@@ -72,3 +79,9 @@ pub const RETIRE_WAIT_NS: u64 = 5_000_000_000;
 /// Nanoseconds that a failed job on a chain waits for its copies, and then for its nodes to become
 /// what they were, before it says so; after that they do so in the background.
 pub const SECTION_WAIT_NS: u64 = 90_000_000;
+
+/// Bytes in flight that a mirror's `buf-size` can ask for.
+pub const BUF_SIZE_MAX: u64 = 64 << 20;
+
+/// The largest unit of copy-before-write in bytes that a client can ask for.
+pub const BACKUP_GRANULE_MAX: u64 = 64 << 20;

@@ -9,15 +9,17 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use liveblk_engine::executor::sync::Notify;
+use liveblk_engine::executor::sync::{Either, Notify, select};
 use liveblk_engine::executor::{Class, Core};
-use liveblk_engine::node::NodeId;
+use liveblk_engine::graph::Graph;
+use liveblk_engine::node::{NodeId, User};
 
 use crate::error::{JobError, Result};
 use crate::event::{BlockJobInfo, Event, JobInfo, Kind};
 use crate::job::Job;
 use crate::lifecycle::{Effect, Ending, Status, Verb};
-use crate::limits::JOBS;
+use crate::limits::{JOBS, LANDING_WAIT_NS, UNHOOK_WAIT_NS};
+use crate::pivot::pivot_together;
 use crate::spec::{CopyMode, JobOptions, check_id, checked_speed};
 use crate::txn::JobTxn;
 
@@ -99,6 +101,11 @@ impl JobManager {
         Ok(job)
     }
 
+    /// A job for copies that no command started: without events and place in queries.
+    pub(crate) fn hidden_job(self: &Rc<Self>, name: &str) -> Rc<Job> {
+        Job::hidden(self, name)
+    }
+
     /// Takes back a job that never started.
     pub(crate) fn withdraw(&self, job: &Rc<Job>) {
         job.release();
@@ -176,16 +183,19 @@ impl JobManager {
         Ok(())
     }
 
-    /// Changes the copy mode of mirror `id`.
+    /// Changes the copy mode of mirror `id`, from the next guest write on. (The peer cannot go back
+    /// to the background.)
     ///
     /// # Errors
-    /// As [`JobManager::block_job_verb`]; every change but none.
+    /// As [`JobManager::block_job_verb`]; a job that is no mirror.
     pub fn change(&self, id: &str, copy_mode: CopyMode) -> Result<()> {
         let job = self.block_job(id)?;
         self.apply(&job, Verb::Change, false)?;
         match (job.kind(), copy_mode) {
-            (Kind::Mirror, CopyMode::Background) => Ok(()),
-            (Kind::Mirror, mode) => Err(JobError::ChangeNotImplemented { mode: mode.name() }),
+            (Kind::Mirror, mode) => {
+                job.set_copy_mode(mode);
+                Ok(())
+            }
             (_, _) => Err(JobError::ChangeUnsupported),
         }
     }
@@ -291,7 +301,17 @@ impl JobManager {
         }
         let (manager, txn) = (Self::of(&self.core), Rc::clone(txn));
         drop(self.core.spawn(Class::Background, async move {
-            for job in txn.members() {
+            let members = txn.members();
+            let pivots = members.iter().filter_map(|job| Some((Rc::clone(job), job.take_pivot()?)));
+            let pivots: Vec<_> = pivots.collect();
+            if let Err((job, error)) = pivot_together(&manager.core, &pivots).await {
+                if job.status() == Status::Pending {
+                    manager.abort(&job, error);
+                }
+                return;
+            }
+            drop(pivots);
+            for job in members {
                 let Some(step) = job.take_last_step() else { continue };
                 let result = step.await;
                 if job.status() != Status::Pending {
@@ -306,6 +326,32 @@ impl JobManager {
     }
 
     fn end_well(&self, txn: &Rc<JobTxn>) {
+        let members = txn.members();
+        for job in &members {
+            job.decide();
+            if let Some(bitmap) = job.bitmap() {
+                bitmap.commit();
+            }
+        }
+        let txn = Rc::clone(txn);
+        self.close_targets(members, move |manager| manager.tell_well(&txn));
+    }
+
+    /// Closes the targets that were opened for `jobs`, then does what is left.
+    fn close_targets(&self, jobs: Vec<Rc<Job>>, then: impl FnOnce(&Self) + 'static) {
+        if !jobs.iter().any(|job| job.has_owned()) {
+            return then(self);
+        }
+        let manager = Self::of(&self.core);
+        drop(self.core.spawn(Class::Background, async move {
+            for job in jobs {
+                close_target(&job).await;
+            }
+            then(&manager);
+        }));
+    }
+
+    fn tell_well(&self, txn: &Rc<JobTxn>) {
         for job in txn.members() {
             job.release();
             if job.kind().is_block_job() {
@@ -340,6 +386,17 @@ impl JobManager {
     }
 
     fn finish_aborted(&self, txn: &Rc<JobTxn>) {
+        let members = txn.members();
+        for job in members.iter().filter(|job| job.status() == Status::Aborting) {
+            if let Some(bitmap) = job.bitmap() {
+                bitmap.abort();
+            }
+        }
+        let txn = Rc::clone(txn);
+        self.close_targets(members, move |manager| manager.tell_aborted(&txn));
+    }
+
+    fn tell_aborted(&self, txn: &Rc<JobTxn>) {
         for job in txn.members() {
             if job.status() != Status::Aborting {
                 continue;
@@ -373,6 +430,27 @@ impl JobManager {
         self.jobs.borrow_mut().retain(|known| !Rc::ptr_eq(known, job));
         self.changed.notify_all();
     }
+}
+
+/// Closes the target that was opened for `job`; one that hangs, or that somebody uses now, stays.
+async fn close_target(job: &Rc<Job>) {
+    let Some(target) = job.take_owned() else { return };
+    job.release();
+    let core = job.core().clone();
+    let graph = Graph::of(&core);
+    let closing = core.spawn(Class::Background, async move {
+        // Orphans of a cancelled job still write to it.
+        let by_job = |user: &User| matches!(user, User::Job { .. });
+        while target.users().iter().any(by_job) {
+            target.core().sleep(UNHOOK_WAIT_NS).await;
+        }
+        if target.users().is_empty()
+            && let Err(error) = graph.remove(&target).await
+        {
+            tracing::warn!(%error, "closing the target of a job");
+        }
+    });
+    let _: Either<(), ()> = select(closing, core.sleep(LANDING_WAIT_NS)).await;
 }
 
 impl std::fmt::Debug for JobManager {

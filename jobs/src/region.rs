@@ -9,8 +9,9 @@
 //! - *reading*: the source's content is not in memory yet; with copy-before-write a guest write
 //!   waits here, and nowhere else.
 //! - *copying*: the content is in memory, on its way to the target. The guest may write.
-//! - *guest-write*: the guest's request holds the node's claim; the map does not list it, because
-//!   its hook (which waits for *reading* to end) runs under that claim.
+//! - *guest-write*: a guest's write is on its way to the target, too (write-blocking mirror). Other
+//!   guest writes are not listed: the request holds the node's claim, and its hook (which waits for
+//!   *reading* to end) runs under that claim.
 //!
 //! Order rules: (1) the node's claim comes before any region; (2) a task claims regions in
 //! ascending offset; (3) nobody waits for anything while holding a region in state *reading*
@@ -27,6 +28,7 @@ use liveblk_engine::address::GuestRange;
 enum Stage {
     Reading,
     Copying,
+    GuestWrite,
 }
 
 /// The regions of one job. Waiting is done on the job's own notification.
@@ -47,10 +49,19 @@ pub struct Region {
 impl Regions {
     /// Claims `range` for a copy; `None` if a part is being copied.
     pub fn claim(self: &Rc<Self>, range: GuestRange) -> Option<Region> {
+        self.claim_at(range, Stage::Reading)
+    }
+
+    /// Claims `range` for a guest's write to the target; `None` if a part is being copied.
+    pub fn claim_for_guest(self: &Rc<Self>, range: GuestRange) -> Option<Region> {
+        self.claim_at(range, Stage::GuestWrite)
+    }
+
+    fn claim_at(self: &Rc<Self>, range: GuestRange, stage: Stage) -> Option<Region> {
         if self.first_overlap(range, false).is_some() {
             return None;
         }
-        self.active.borrow_mut().insert(range.start.bytes(), (range.len, Stage::Reading));
+        self.active.borrow_mut().insert(range.start.bytes(), (range.len, stage));
         Some(Region { regions: Rc::clone(self), range })
     }
 
@@ -64,9 +75,9 @@ impl Regions {
         self.first_overlap(range, false)
     }
 
-    /// Whether nothing is being copied.
+    /// Whether nothing is being copied; writes of guests do not count.
     pub fn is_empty(&self) -> bool {
-        self.active.borrow().is_empty()
+        self.active.borrow().values().all(|(_, stage)| *stage == Stage::GuestWrite)
     }
 
     fn first_overlap(&self, range: GuestRange, reading: bool) -> Option<GuestRange> {

@@ -67,7 +67,7 @@ enum Origin {
 }
 
 /// A file that was created here.
-struct NewFile {
+pub(crate) struct NewFile {
     path: PathBuf,
     state: FileState,
 }
@@ -178,7 +178,7 @@ async fn open(core: &Core, spec: &SnapshotFile, path: &Path, base: &Rc<Node>) ->
     });
     node.name.clone_from(&spec.overlay);
     node.backing = BackingSource::None;
-    node.options = base.options().clone();
+    node.options = base.options();
     node.monitor_owned = true;
     Ok(Graph::of(core).open(node).await?)
 }
@@ -238,16 +238,33 @@ impl PreparedSnapshot {
 }
 
 impl NewFile {
-    /// Creates the image under a temporary name beside its final one.
+    /// Creates the image of a snapshot under a temporary name beside its final one.
     async fn create(core: &Core, spec: &SnapshotFile, base: &Rc<Node>) -> Result<Self> {
-        let driver = Graph::of(core).config().formats.find(&spec.format).ok_or_else(|| {
-            JobError::from(SnapshotError::UnknownFormat { format: spec.format.as_str().into() })
+        let create = CreateImage {
+            size: base.size(),
+            backing: Some(BackingRef {
+                file: base.filename(),
+                format: Some(base.driver().to_owned()),
+            }),
+            ..CreateImage::default()
+        };
+        Self::image(core, &spec.file, &spec.format, create).await
+    }
+
+    /// Creates an image under a temporary name beside `path`.
+    pub(crate) async fn image(
+        core: &Core,
+        path: &Path,
+        format: &str,
+        create: CreateImage,
+    ) -> Result<Self> {
+        let driver = Graph::of(core).config().formats.find(format).ok_or_else(|| {
+            JobError::from(SnapshotError::UnknownFormat { format: format.into() })
         })?;
-        if !driver.supports_backing() {
-            let format = spec.format.as_str().into();
-            return Err(SnapshotError::FormatWithoutBacking { format }.into());
+        if create.backing.is_some() && !driver.supports_backing() {
+            return Err(SnapshotError::FormatWithoutBacking { format: format.into() }.into());
         }
-        let path = spec.file.clone();
+        let path = path.to_path_buf();
         let state = match storage::stat(core, &path).await {
             Ok(facts) if facts.size > 0 || facts.block_device => {
                 let path = path.display().to_string().into();
@@ -260,14 +277,6 @@ impl NewFile {
             Err(error) => return Err(cannot_create(&path, error)),
         };
         let file = Self { path, state };
-        let create = CreateImage {
-            size: base.size(),
-            backing: Some(BackingRef {
-                file: base.filename(),
-                format: Some(base.driver().to_owned()),
-            }),
-            ..CreateImage::default()
-        };
         match file.fill(core, &*driver, create).await {
             Ok(()) => Ok(file),
             Err((created, error)) => {
@@ -311,7 +320,7 @@ impl NewFile {
         }
     }
 
-    async fn publish(&mut self, core: &Core) -> Result<()> {
+    pub(crate) async fn publish(&mut self, core: &Core) -> Result<()> {
         let FileState::Temporary(temporary) = &self.state else { return Ok(()) };
         let failed = |error| cannot_create(&self.path, error);
         let identity = storage::stat(core, temporary).await.map_err(failed)?.identity;
@@ -329,7 +338,7 @@ impl NewFile {
     }
 
     /// Removes what was created; a file that the client had made is empty again.
-    async fn undo(self, core: &Core) {
+    pub(crate) async fn undo(self, core: &Core) {
         let undone = match &self.state {
             FileState::Temporary(path) => storage::unlink(core, path).await,
             FileState::Filled => empty_again(core, &self.path).await,

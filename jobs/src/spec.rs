@@ -2,9 +2,11 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::node::Node;
+use liveblk_engine::node::{Node, NodeId, Permissions, User};
 
+use crate::bitmap_use::BitmapChoice;
 use crate::error::{GranularityRule, JobError, Result};
+use crate::limits::BACKUP_GRANULE_MIN;
 
 /// What to do about a failed read or write of a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,13 +33,18 @@ pub enum SyncMode {
     Top,
     /// Mirror: what is written from now on. Backup: what is about to be overwritten.
     None,
-    /// What a bitmap names (a later version).
+    /// What a bitmap names; its bits are cleared if the job succeeds.
     Incremental,
-    /// What a bitmap names (a later version).
+    /// What a bitmap names.
     Bitmap,
 }
 
 impl SyncMode {
+    /// Whether a bitmap names what is copied.
+    pub(crate) const fn is_by_bitmap(self) -> bool {
+        matches!(self, Self::Incremental | Self::Bitmap)
+    }
+
     /// The name in QMP.
     pub const fn name(self) -> &'static str {
         match self {
@@ -50,13 +57,35 @@ impl SyncMode {
     }
 }
 
+/// What becomes of a user's bitmap at the end of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitmapMode {
+    /// What was copied is cleared if the job succeeds.
+    OnSuccess,
+    /// What was copied is cleared, whatever the end.
+    Always,
+    /// It stays as it is.
+    Never,
+}
+
+impl BitmapMode {
+    /// The name in QMP.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::OnSuccess => "on-success",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
+}
+
 /// When a guest write reaches a mirror's target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CopyMode {
     /// Later.
     #[default]
     Background,
-    /// Before the guest is answered (a later version).
+    /// Before the guest is answered.
     WriteBlocking,
 }
 
@@ -127,6 +156,25 @@ pub struct MirrorSpec {
     pub granularity: Option<u64>,
     /// Accept a larger target; its tail then reads zero.
     pub allow_larger_target: bool,
+    /// What most mirrors leave alone.
+    pub more: MirrorOptions,
+}
+
+/// Options of a mirror with defaults.
+#[derive(Clone, Debug, Default)]
+pub struct MirrorOptions {
+    /// Bytes of copies in flight, rounded up to the granularity; 0 is our choice.
+    pub buf_size: u64,
+    /// Keep space of the target allocated where the source reads as zeroes.
+    pub keep_zeroes: bool,
+    /// The target reads as zeroes everywhere: it is not looked at, and zeroes are not written.
+    pub target_is_zero: bool,
+    /// The name under which queries show the job's filter node.
+    pub filter_name: Option<String>,
+    /// What is put below the target when guests move to it.
+    pub backing_at_pivot: Option<NodeId>,
+    /// A bitmap of the source: what is copied, or what the copy leaves behind.
+    pub bitmap: BitmapChoice,
 }
 
 /// A backup to be started.
@@ -144,6 +192,37 @@ pub struct BackupSpec {
     pub allow_larger_target: bool,
     /// Store whole clusters of the target compressed.
     pub compress: bool,
+    /// What most backups leave alone.
+    pub more: BackupOptions,
+}
+
+/// Options of a backup with defaults.
+#[derive(Clone, Debug, Default)]
+pub struct BackupOptions {
+    /// Most copies in flight; 0 is our choice.
+    pub max_workers: u64,
+    /// Most bytes of one copy; 0 is our choice.
+    pub max_chunk: u64,
+    /// Least bytes of a unit of copy-before-write.
+    pub min_cluster_size: u64,
+    /// The name under which queries show the job's filter node.
+    pub filter_name: Option<String>,
+    /// A bitmap of the source: what is copied, or what the copy leaves behind.
+    pub bitmap: BitmapChoice,
+    /// Who suffers when old content cannot be kept.
+    pub on_cbw_error: OnCbwError,
+    /// Give space of the source back as it is copied.
+    pub discard_source: bool,
+}
+
+/// Who suffers when copy-before-write cannot keep old content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnCbwError {
+    /// The guest's write fails, and the snapshot stays whole.
+    BreakGuestWrite,
+    /// The snapshot (or the backup) fails, and the guest goes on.
+    #[default]
+    BreakSnapshot,
 }
 
 impl MirrorSpec {
@@ -165,16 +244,24 @@ impl MirrorSpec {
             }
             Some(bytes) => bytes,
         };
-        if matches!(self.sync, SyncMode::Incremental | SyncMode::Bitmap) {
-            return Err(JobError::SyncModeUnsupported { mode: self.sync.name() });
-        }
-        if self.copy_mode == CopyMode::WriteBlocking {
-            return Err(JobError::NotYet { what: "Copy mode 'write-blocking'" });
-        }
+        let granularity = if self.needs_whole_clusters() {
+            granularity.max(self.target.cluster_size())
+        } else {
+            granularity
+        };
         if self.source.id() == self.target.id() {
             return Err(JobError::SameNode { verb: "mirror" });
         }
         Ok(granularity)
+    }
+}
+
+impl MirrorSpec {
+    /// Whether the target gets its backing file only later: what a cluster of it does not hold is
+    /// then nowhere, so only whole clusters are written.
+    pub(crate) fn needs_whole_clusters(&self) -> bool {
+        let partial = matches!(self.sync, SyncMode::Top | SyncMode::None);
+        partial && self.target.cluster_size() > 1 && !self.target.has_backing()
     }
 }
 
@@ -190,10 +277,28 @@ impl BackupSpec {
         if self.compress && !self.target.can_compress() {
             return Err(JobError::CompressionUnsupported);
         }
-        if matches!(self.sync, SyncMode::Incremental | SyncMode::Bitmap) {
-            return Err(JobError::BitmapMissing { mode: self.sync.name() });
+        let (chunk, granule) = (self.more.max_chunk, self.granularity());
+        if chunk > 0 && chunk < granule {
+            return Err(JobError::ChunkTooSmall { chunk, granule });
+        }
+        if self.more.discard_source && self.source.view().is_none() {
+            let writes = |(_, with): &(User, Permissions)| with.perm & Permissions::WRITE != 0;
+            if let Some((user, _)) = self.source.uses().into_iter().find(writes) {
+                return Err(JobError::InUse {
+                    node: (*self.source.name()).into(),
+                    by: user.to_string().into(),
+                });
+            }
         }
         Ok(())
+    }
+}
+
+impl BackupSpec {
+    /// Bytes of a unit of copy-before-write: a power of two.
+    pub(crate) fn granularity(&self) -> u64 {
+        let least = self.more.min_cluster_size.max(BACKUP_GRANULE_MIN);
+        self.target.cluster_size().max(least)
     }
 }
 

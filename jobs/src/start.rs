@@ -5,7 +5,7 @@
 //! makes one for all its jobs.
 
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use liveblk_engine::executor::Class;
@@ -14,13 +14,17 @@ use liveblk_engine::format::LocalFuture;
 use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
 use liveblk_engine::node::{HookId, Node, Origin, Permissions, Role, User, WriteHook};
 
+use crate::bitmap_use::BitmapUse;
 use crate::copy::Copy;
+use crate::drive::OpenedTarget;
 use crate::error::{JobError, Result};
 use crate::event::Kind;
+use crate::fleecing::JobFilter;
 use crate::job::Job;
 use crate::lifecycle::Status;
 use crate::limits::{CUT_WAIT_NS, LANDING_WAIT_NS, UNHOOK_WAIT_NS};
 use crate::manager::JobManager;
+use crate::spec::BitmapMode;
 
 /// A hook on a node, or its place.
 pub(crate) struct HookSlot {
@@ -28,6 +32,8 @@ pub(crate) struct HookSlot {
     /// None: a job that guests' writes do not concern.
     hook: Option<Rc<dyn WriteHook>>,
     id: Cell<Option<HookId>>,
+    /// What else happens at the instant of the start.
+    at_start: RefCell<Option<Box<dyn FnOnce()>>>,
 }
 
 /// A job that can start.
@@ -35,6 +41,8 @@ pub(crate) struct Prepared {
     pub(crate) copy: Rc<Copy>,
     pub(crate) slot: Rc<HookSlot>,
     pub(crate) body: Body,
+    /// A target that was opened for the job.
+    pub(crate) opened: Option<OpenedTarget>,
 }
 
 /// The work of a job. It may leave a last step for job-finalize.
@@ -45,16 +53,29 @@ pub(crate) type LastStep = LocalFuture<'static, Result<()>>;
 
 impl HookSlot {
     pub(crate) fn new(node: &Rc<Node>, hook: Rc<dyn WriteHook>) -> Rc<Self> {
-        Rc::new(Self { node: Rc::clone(node), hook: Some(hook), id: Cell::new(None) })
+        Self::place(node, Some(hook))
     }
 
     /// The place of a job that needs no hook.
     pub(crate) fn empty(node: &Rc<Node>) -> Rc<Self> {
-        Rc::new(Self { node: Rc::clone(node), hook: None, id: Cell::new(None) })
+        Self::place(node, None)
+    }
+
+    fn place(node: &Rc<Node>, hook: Option<Rc<dyn WriteHook>>) -> Rc<Self> {
+        let (node, id) = (Rc::clone(node), Cell::new(None));
+        Rc::new(Self { node, hook, id, at_start: RefCell::new(None) })
+    }
+
+    /// Does `what` in the cut in which the hook comes in.
+    pub(crate) fn at_start(&self, what: Box<dyn FnOnce()>) {
+        self.at_start.replace(Some(what));
     }
 
     /// Only inside a cut of the node.
     pub(crate) fn install(&self) {
+        if let Some(what) = self.at_start.take() {
+            what();
+        }
         if let Some(hook) = &self.hook {
             self.id.set(Some(self.node.add_hook(Rc::clone(hook))));
         }
@@ -69,7 +90,7 @@ impl HookSlot {
 
     /// Takes the hook out; it does nothing any more. Goes on alone when the source is not quiet in
     /// time.
-    async fn remove_in_cut(self: &Rc<Self>) {
+    pub(crate) async fn remove_in_cut(self: &Rc<Self>) {
         if self.id.get().is_none() {
             return;
         }
@@ -124,16 +145,23 @@ impl Prepared {
     pub(crate) fn commit(self) -> Rc<Job> {
         let job = self.job();
         let core = job.core().clone();
+        if let Some(opened) = &self.opened {
+            job.own(&opened.node);
+        }
         drop(core.spawn(Class::Background, drive(self)));
         job
     }
 
     /// Takes back a job whose hook never was installed.
-    pub(crate) fn abort(self) {
+    pub(crate) async fn abort(self) {
         let job = self.job();
         self.copy.kill();
         if let Some(manager) = job.manager() {
             manager.withdraw(&job);
+        }
+        if let Some(opened) = self.opened {
+            drop((self.copy, self.slot, self.body));
+            opened.abort(job.core()).await;
         }
     }
 
@@ -144,7 +172,7 @@ impl Prepared {
         match cut(self.job().core(), vec![part], CUT_WAIT_NS).await {
             Ok(()) => Ok(self.commit()),
             Err(error) => {
-                self.abort();
+                self.abort().await;
                 Err(error.into())
             }
         }
@@ -154,7 +182,7 @@ impl Prepared {
 /// The job's own task.
 async fn drive(prepared: Prepared) {
     let job = prepared.job();
-    let Prepared { copy, slot, body } = prepared;
+    let Prepared { copy, slot, body, .. } = prepared;
     job.enter(Status::Running);
     job.set_busy(true);
     let result = match body.await {
@@ -169,6 +197,7 @@ async fn drive(prepared: Prepared) {
         Err(error) => Err(error),
     };
     if !job.has_last_step() {
+        copy.settle_bitmap(&result).await;
         copy.kill();
         slot.remove_in_cut().await;
         // Who hears of the end may remove the target; only one that hangs stays in use.
@@ -207,7 +236,7 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
     // What a backup has written so far may be looked at; a mirror's target is nothing until READY.
     let shared = match job.kind() {
         Kind::Mirror => Permissions::WRITE_UNCHANGED,
-        Kind::Backup | Kind::Amend | Kind::Stream | Kind::Commit => {
+        Kind::Backup | Kind::Create | Kind::Amend | Kind::Stream | Kind::Commit => {
             Permissions::ALL & !Permissions::RESIZE
         }
     };
@@ -217,6 +246,41 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
     job.keep(Box::new(source));
     job.keep(Box::new(Rc::clone(&target)));
     Ok(target)
+}
+
+/// Holds a user's bitmap of the source for the job. A job that cannot is taken back.
+pub(crate) fn use_bitmap(copy: &Rc<Copy>, name: &str, mode: BitmapMode) -> Result<Rc<BitmapUse>> {
+    let job = copy.job();
+    match BitmapUse::hold(copy.source(), name, mode, job.id()) {
+        Ok(bitmap) => {
+            job.set_bitmap(&bitmap);
+            Ok(bitmap)
+        }
+        Err(error) => {
+            copy.kill();
+            if let Some(manager) = job.manager() {
+                manager.withdraw(job);
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Shows the job's filter node in queries, until the job is over. A job that cannot is taken back.
+pub(crate) fn show_filter(kind: Kind, copy: &Rc<Copy>, name: Option<&str>) -> Result<()> {
+    match JobFilter::add(kind, copy, name) {
+        Ok(filter) => {
+            copy.job().keep(Box::new(filter));
+            Ok(())
+        }
+        Err(error) => {
+            copy.kill();
+            if let Some(manager) = copy.job().manager() {
+                manager.withdraw(copy.job());
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Refuses jobs whose nodes other jobs have in a way that excludes them.

@@ -18,14 +18,14 @@ use crate::chain::{
     Section, chain_of, check_section, close_dropped, reference_to, with_section, write_reference,
 };
 use crate::chain_error::ChainError;
-use crate::copy::{Copy, CopySetup, Layers};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Layers};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
 use crate::job::Job;
 use crate::limits::SECTION_GRANULE_MIN;
 use crate::manager::JobManager;
 use crate::spec::JobOptions;
-use crate::start::{Body, HookSlot, LastStep, Prepared};
+use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
 use crate::txn::JobTxn;
 
 /// Down to where a stream copies.
@@ -53,6 +53,8 @@ pub struct StreamSpec {
     pub backing_file: Option<String>,
     /// Write the format "raw" where the base is a plain file.
     pub mask_protocol: bool,
+    /// The name under which queries show the job's filter node.
+    pub filter_name: Option<String>,
 }
 
 impl StreamSpec {
@@ -64,6 +66,7 @@ impl StreamSpec {
             to: StreamTo::End,
             backing_file: None,
             mask_protocol: false,
+            filter_name: None,
         }
     }
 
@@ -93,7 +96,7 @@ pub async fn start_stream(spec: StreamSpec) -> Result<Rc<Job>> {
         manager.withdraw(&job);
         return Err(error);
     }
-    Ok(prepare(job, spec, section, nodes).commit())
+    Ok(prepare(job, spec, section, nodes)?.commit())
 }
 
 /// The node and everything below it whose content moves; the node alone if there is nothing to do.
@@ -142,7 +145,12 @@ async fn hold(section: &Section, job: &Job, nodes: &[Rc<Node>]) -> Result<()> {
     }
 }
 
-fn prepare(job: Rc<Job>, spec: StreamSpec, section: Rc<Section>, nodes: Vec<Rc<Node>>) -> Prepared {
+fn prepare(
+    job: Rc<Job>,
+    spec: StreamSpec,
+    section: Rc<Section>,
+    nodes: Vec<Rc<Node>>,
+) -> Result<Prepared> {
     let node = Rc::clone(&spec.node);
     let copy = Copy::new(CopySetup {
         job,
@@ -152,9 +160,14 @@ fn prepare(job: Rc<Job>, spec: StreamSpec, section: Rc<Section>, nodes: Vec<Rc<N
         all_dirty: nodes.len() > 1,
         whole_granules: false,
         compress: false,
+        keeps_bytes: true,
+        discard_source: false,
+        before: BeforeWrite::default(),
+        bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });
     copy.fill_source();
+    show_filter(Kind::Stream, &copy, spec.filter_name.as_deref())?;
     let slot = HookSlot::empty(&node);
     let stream = Rc::new(Stream { copy: Rc::clone(&copy), spec, nodes });
     let work = Rc::clone(&section);
@@ -163,7 +176,7 @@ fn prepare(job: Rc<Job>, spec: StreamSpec, section: Rc<Section>, nodes: Vec<Rc<N
         let held = Rc::clone(&section);
         with_section(work, inner, async move { stream.run(held).await }).await
     });
-    Prepared { copy, slot, body }
+    Ok(Prepared { copy, slot, body, opened: None })
 }
 
 struct Stream {

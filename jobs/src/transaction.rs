@@ -18,13 +18,13 @@ use liveblk_engine::executor::{Class, Core, CoreId};
 use liveblk_engine::graph::{BeforeSwap, CutPart, Graph, Swap, cut};
 use liveblk_engine::node::NodeId;
 
-use crate::backup::prepare_backup;
+use crate::actions::{BackupAction, MirrorAction};
 use crate::bitmaps::{BitmapAction, PreparedBitmap};
+use crate::drive::DriveTarget;
 use crate::error::{JobError, Result};
 use crate::internal::{self, InternalSnapshot, PreparedInternal};
 use crate::limits::{ACTIONS, CUT_WAIT_NS};
 use crate::snapshot::{self, PreparedSnapshot, SnapshotFile};
-use crate::spec::{BackupSpec, JobOptions, SyncMode};
 use crate::start::Prepared;
 use crate::txn::JobTxn;
 
@@ -58,26 +58,23 @@ pub enum Action {
     Backup(BackupAction),
     /// A change of dirty bitmaps.
     Bitmap(BitmapAction),
-}
-
-/// A backup in a transaction.
-#[derive(Clone, Debug)]
-pub struct BackupAction {
-    /// Common options.
-    pub job: JobOptions,
-    /// What is copied, by node name.
-    pub source: String,
-    /// Where to, by node name.
-    pub target: String,
-    /// What of the source.
-    pub sync: SyncMode,
-    /// Accept a larger target.
-    pub allow_larger_target: bool,
-    /// Store whole clusters of the target compressed.
-    pub compress: bool,
+    /// `drive-backup`.
+    DriveBackup(BackupAction, DriveTarget),
+    /// `blockdev-mirror`.
+    Mirror(MirrorAction),
+    /// `drive-mirror`.
+    DriveMirror(MirrorAction, DriveTarget),
 }
 
 impl Action {
+    /// Whether it starts a job.
+    const fn starts_job(&self) -> bool {
+        matches!(
+            self,
+            Self::Backup(_) | Self::DriveBackup(..) | Self::Mirror(_) | Self::DriveMirror(..)
+        )
+    }
+
     /// The name in QMP.
     pub const fn name(&self) -> &'static str {
         match self {
@@ -87,6 +84,9 @@ impl Action {
             Self::InternalSnapshot(_) => "blockdev-snapshot-internal-sync",
             Self::Backup(_) => "blockdev-backup",
             Self::Bitmap(action) => action.name(),
+            Self::DriveBackup(..) => "drive-backup",
+            Self::Mirror(_) => "blockdev-mirror",
+            Self::DriveMirror(..) => "drive-mirror",
         }
     }
 }
@@ -129,7 +129,7 @@ struct Set {
 enum Step {
     Snapshot(PreparedSnapshot),
     Internal(PreparedInternal),
-    Backup(Prepared),
+    Job(Prepared),
     Bitmap(PreparedBitmap),
 }
 
@@ -153,7 +153,7 @@ impl Step {
         match self {
             Self::Snapshot(snapshot) => snapshot.nodes(),
             Self::Internal(snapshot) => snapshot.nodes(),
-            Self::Backup(backup) => vec![backup.copy.source().id()],
+            Self::Job(job) => vec![job.copy.source().id()],
             Self::Bitmap(bitmap) => bitmap.nodes(),
         }
     }
@@ -163,7 +163,7 @@ impl Step {
             Self::Snapshot(snapshot) => snapshot.swap(graph),
             // Taken before the swaps.
             Self::Internal(_) => {}
-            Self::Backup(backup) => backup.slot.install(),
+            Self::Job(job) => job.slot.install(),
             Self::Bitmap(bitmap) => bitmap.swap(),
         }
     }
@@ -205,12 +205,9 @@ fn check(actions: &[(CoreId, Action)], completion: CompletionMode) -> Result<()>
         return Err(JobError::TooMany { what: "actions in a transaction", limit: ACTIONS });
     }
     if completion == CompletionMode::Grouped {
-        for (_, action) in actions {
-            if !matches!(action, Action::Backup(_) | Action::Bitmap(_)) {
-                return Err(JobError::NotGrouped { action: action.name() });
-            }
-        }
-        if actions.windows(2).any(|pair| matches!(pair, [one, two] if one.0 != two.0)) {
+        let mut homes = actions.iter().filter(|(_, action)| action.starts_job());
+        let first = homes.next().map(|(home, _)| *home);
+        if homes.any(|(home, _)| Some(*home) != first) {
             return Err(JobError::NotYet { what: "Grouped completion over several cores" });
         }
     }
@@ -242,6 +239,7 @@ async fn prepare_all(
 
 async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Result<Vec<NodeId>> {
     let staged = Staged::of(core);
+    let txn = || if grouped { staged.group(number) } else { JobTxn::new() };
     let step = match action {
         Action::Abort => return Err(JobError::AbortAction),
         Action::Snapshot { node, overlay } => {
@@ -249,17 +247,13 @@ async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Res
         }
         Action::SnapshotFile(spec) => Step::Snapshot(snapshot::prepare_file(core, spec).await?),
         Action::InternalSnapshot(spec) => Step::Internal(internal::prepare(core, spec)?),
-        Action::Backup(backup) => {
-            let txn = if grouped { staged.group(number) } else { JobTxn::new() };
-            let spec = BackupSpec {
-                source: snapshot::find(core, &backup.source, &backup.source)?,
-                target: snapshot::find(core, &backup.target, &backup.target)?,
-                job: backup.job,
-                sync: backup.sync,
-                allow_larger_target: backup.allow_larger_target,
-                compress: backup.compress,
-            };
-            Step::Backup(prepare_backup(spec, &txn)?)
+        Action::Backup(backup) => Step::Job(backup.prepare(core, None, &txn()).await?),
+        Action::DriveBackup(backup, file) => {
+            Step::Job(backup.prepare(core, Some(file), &txn()).await?)
+        }
+        Action::Mirror(mirror) => Step::Job(mirror.prepare(core, None, &txn()).await?),
+        Action::DriveMirror(mirror, file) => {
+            Step::Job(mirror.prepare(core, Some(file), &txn()).await?)
         }
         Action::Bitmap(action) => Step::Bitmap(PreparedBitmap::new(core, action).await?),
     };
@@ -369,7 +363,7 @@ async fn commit(steps: Vec<Step>) {
     let (mut snapshots, mut bitmaps) = (Vec::new(), Vec::new());
     for step in steps {
         match step {
-            Step::Backup(backup) => drop(backup.commit()),
+            Step::Job(job) => drop(job.commit()),
             Step::Snapshot(snapshot) => snapshots.push(snapshot),
             Step::Internal(_) => {}
             Step::Bitmap(bitmap) => bitmaps.push(bitmap),
@@ -387,7 +381,7 @@ async fn commit(steps: Vec<Step>) {
 async fn abort(core: &Core, steps: Vec<Step>) {
     for step in steps.into_iter().rev() {
         match step {
-            Step::Backup(backup) => backup.abort(),
+            Step::Job(job) => job.abort().await,
             Step::Snapshot(snapshot) => snapshot.abort(core).await,
             Step::Internal(snapshot) => snapshot.abort().await,
             Step::Bitmap(bitmap) => bitmap.abort().await,

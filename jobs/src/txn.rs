@@ -32,6 +32,11 @@ impl JobTxn {
         self.jobs.borrow().iter().rev().filter_map(Weak::upgrade).collect()
     }
 
+    /// Whether several jobs end together.
+    pub(crate) fn is_group(&self) -> bool {
+        self.jobs.borrow().len() > 1
+    }
+
     pub(crate) fn is_aborting(&self) -> bool {
         self.aborting.get()
     }

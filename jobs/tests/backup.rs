@@ -19,6 +19,7 @@ fn spec(
         sync: SyncMode::Full,
         allow_larger_target: false,
         compress: false,
+        more: Default::default(),
     }
 }
 

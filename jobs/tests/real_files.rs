@@ -36,6 +36,7 @@ fn there_and_back(folder: &Path) {
             copy_mode: CopyMode::Background,
             granularity: None,
             allow_larger_target: false,
+            more: Default::default(),
         };
         start_mirror(mirror).await.expect("it starts");
         manager.until("m", |status| status == Status::Ready).await;
@@ -49,6 +50,7 @@ fn there_and_back(folder: &Path) {
             sync: SyncMode::Full,
             allow_larger_target: false,
             compress: false,
+            more: Default::default(),
         };
         let from = core.now();
         start_backup(backup).await.expect("it starts");

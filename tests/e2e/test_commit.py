@@ -5,7 +5,7 @@ import asyncio
 
 from rig import images
 from rig.cases import case
-from rig.chains import make, pair, state_of
+from rig.chains import filters_of, make, pair, state_of
 from rig.guest import prove_latest
 
 
@@ -149,6 +149,45 @@ pair(cancelled_on_the_way_keeps_the_chain, name="commit_cancelled_on_the_way", n
      content="d")
 
 
+async def quit_cancels_it(chain):
+    await chain.cmd("block-commit", job_id="j", device="d", top_node="c", speed=1)
+    await chain.daemon.wait_event("JOB_STATUS_CHANGE", id="j", status="running")
+
+pair(quit_cancels_it, name="quit_cancels_a_commit", numbers=False, content="d")
+
+
+async def quit_never_pivots(chain):
+    await chain.cmd("block-commit", job_id="j", device="d")
+    await chain.daemon.wait_event("BLOCK_JOB_READY", device="j")
+
+pair(quit_never_pivots, name="quit_never_pivots_a_ready_commit", numbers=False, content="d")
+
+
+async def active_finalized_by_hand(chain):
+    await chain.cmd("block-commit", job_id="j", device="d", auto_finalize=False)
+    await chain.daemon.wait_event("BLOCK_JOB_READY", device="j")
+    await chain.cmd("job-complete", id="j")
+    await chain.daemon.wait_event("BLOCK_JOB_PENDING", id="j")
+    await chain.cmd("job-finalize", id="j")
+    await chain.daemon.job_gone("j")
+    return await chain.nodes()
+
+pair(active_finalized_by_hand, name="active_commit_finalized_by_hand", content="a")
+
+
+async def the_filter_is_shown(chain):
+    shown = []
+    for arguments in ({"top_node": "c", "filter_node_name": "f"}, {"filter_node_name": "g"}):
+        mark = chain.daemon.mark()
+        await chain.cmd("block-commit", job_id="j", device="d", speed=1, **arguments)
+        shown.append(await filters_of(chain))
+        await chain.cmd("job-cancel", id="j")
+        await chain.daemon.job_gone("j", since=mark)
+    return shown, await filters_of(chain)
+
+pair(the_filter_is_shown, name="the_filter_of_a_commit_is_shown", numbers=False, content="d")
+
+
 async def commits_in_any_order(chain):
     """The middle first, then what is left."""
     await chain.job("block-commit", device="d", top_node="b", base_node="a")
@@ -251,6 +290,4 @@ async def kill_9_during_a_commit_leaves_the_chain_as_the_guest_saw_it(world):
     await chain.cmd("block-commit", job_id="j", device="d", top_node="c", speed=2 * images.MIB)
     await asyncio.sleep(0.3)
     await chain.daemon.kill9()
-    for path, _ in chain.files.values():
-        await images.check(path, leaks_allowed=True)
-    assert await images.digest(chain.files["d"][0]) == chain.shown
+    assert (await state_of(chain, leaks=True))["d"][3] == chain.shown

@@ -2,7 +2,7 @@
 
 from rig import images
 from rig.cases import case
-from rig.chains import make, pair, state_of
+from rig.chains import filters_of, make, pair, state_of
 from rig.guest import prove_latest
 
 WHOLE = {"device": "d"}
@@ -115,6 +115,43 @@ async def cancelled_on_the_way_keeps_the_chain(chain):
     return complete, change, await chain.nodes()
 
 pair(cancelled_on_the_way_keeps_the_chain, numbers=False)
+
+
+async def quit_cancels_it(chain):
+    await chain.cmd("block-stream", job_id="j", speed=1, **WHOLE)
+    await chain.daemon.wait_event("JOB_STATUS_CHANGE", id="j", status="running")
+
+pair(quit_cancels_it, name="quit_cancels_a_stream", numbers=False)
+
+
+async def paused_and_resumed(chain):
+    await chain.cmd("block-stream", job_id="j", speed=1, **WHOLE)
+    await chain.cmd("block-job-pause", device="j")
+    await chain.daemon.wait_event("JOB_STATUS_CHANGE", id="j", status="paused")
+    told = [await chain.refused("block-job-pause", device="j"),
+            await chain.refused("block-job-cancel", device="j"),
+            await chain.refused("job-finalize", id="j")]
+    await chain.cmd("block-job-set-speed", device="j", speed=0)
+    await chain.cmd("block-job-resume", device="j")
+    await chain.daemon.job_gone("j")
+    return told, await chain.nodes()
+
+pair(paused_and_resumed, name="stream_paused_and_resumed", numbers=False)
+
+
+async def the_filter_is_shown(chain):
+    await chain.cmd("block-stream", job_id="j", speed=1, filter_node_name="f", **WHOLE)
+    shown = [await filters_of(chain)]
+    await chain.cmd("job-cancel", id="j")
+    await chain.daemon.job_gone("j")
+    mark = chain.daemon.mark()
+    await chain.cmd("block-stream", job_id="j", speed=1, device="c")
+    shown.append(await filters_of(chain))
+    await chain.cmd("job-cancel", id="j")
+    await chain.daemon.job_gone("j", since=mark)
+    return shown, await filters_of(chain)
+
+pair(the_filter_is_shown, name="the_filter_of_a_stream_is_shown", numbers=False)
 
 
 async def busy_nodes(chain):

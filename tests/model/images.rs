@@ -92,7 +92,7 @@ pub(crate) fn open_chain(chain: &[Rc<Image>], options: &NodeOptions, writable: b
     let mut below: Option<OpenNode> = None;
     for image in chain {
         let mut spec = OpenNode::new(image.driver(), image.path());
-        spec.options = options.clone();
+        spec.options = *options;
         spec.writable = false;
         spec.backing = match below.take() {
             Some(below) => BackingSource::Open(Box::new(below)),

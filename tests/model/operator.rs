@@ -88,7 +88,8 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
     let name = world.name("target");
     let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
     world.make(&image, chain.last()).await;
-    let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
+    let options =
+        NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
     let mut spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
     spec.backing = BackingSource::Node(below.name().to_string());
     let node = world.host.open(spec).await.expect("a new target opens");
@@ -102,7 +103,8 @@ pub(crate) async fn target(world: &World, index: usize, what: &str, rng: &mut Rn
     let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
     let image = Rc::new(Image { name: world.name(what), size, qcow2 });
     world.make(&image, None).await;
-    let options = NodeOptions { discard_unmap: true, direct: rng.chance(500), no_flush: false };
+    let options =
+        NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
     let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
     let node = world.host.open(spec).await.expect("a new target opens");
     Target { chain: vec![image], node }
@@ -142,6 +144,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
         sync: SyncMode::Full,
         allow_larger_target: false,
         compress: false,
+        more: Default::default(),
     };
     let id = spec.job.id.clone();
     let from = world.clock.tick();
@@ -246,6 +249,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         copy_mode: CopyMode::Background,
         granularity: rng.chance(500).then(|| 512 << rng.below(9)),
         allow_larger_target: false,
+        more: Default::default(),
     };
     let id = spec.job.id.clone();
     let job = match start_mirror(spec).await {

@@ -111,8 +111,11 @@ async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Actio
     }
     let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::random(rng)) });
     world.make(&image, world.chain(disk).last()).await;
-    let options =
-        NodeOptions { discard_unmap: rng.chance(700), direct: rng.chance(500), no_flush: false };
+    let options = NodeOptions {
+        discard_unmap: rng.chance(700),
+        direct: rng.chance(500),
+        ..NodeOptions::default()
+    };
     let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&overlay);
     let open = world.host.open(spec).await.expect("a new layer opens");
     (Layer { disk, base, image, open: Some(open) }, Action::Snapshot { node, overlay })
@@ -131,6 +134,7 @@ async fn backups(world: &Rc<World>, rng: &mut Rng) {
             sync: SyncMode::Full,
             allow_larger_target: false,
             compress: false,
+            more: Default::default(),
         };
         on_success(world, &action.job.id, (disk, target.chain.clone()), &window);
         ids.push(action.job.id.clone());

@@ -179,7 +179,7 @@ impl DiskPlan {
         let options = NodeOptions {
             discard_unmap: rng.chance(700),
             direct: rng.chance(500),
-            no_flush: false,
+            ..NodeOptions::default()
         };
         Self { chain, options }
     }

@@ -36,9 +36,10 @@ impl Control {
             to,
             backing_file: job.backing_file,
             mask_protocol: job.backing_mask_protocol,
+            filter_name: job.filter_node_name,
         };
         spec.check()?;
-        if let Some(name) = &job.filter_node_name {
+        if let Some(name) = &spec.filter_name {
             let free = self.graph.check_name(name);
             free.map_err(|error| Failure::generic(format!("Could not create node: {error}")))?;
         }
@@ -76,11 +77,8 @@ impl Control {
             base,
             backing_file: job.backing_file,
             mask_protocol: job.backing_mask_protocol,
+            filter_name: job.filter_node_name,
         };
-        spec.check()?;
-        if let Some(name) = &job.filter_node_name {
-            self.graph.check_name(name)?;
-        }
         start_commit(spec).await?;
         Ok(())
     }

@@ -17,7 +17,6 @@ use serde_json::{Map, Value};
 
 use super::errors::Failure;
 use super::events::{self, Sinks};
-use super::nodes::Extras;
 use super::objects::Objects;
 use crate::limits::EXPORTS_FIRST_NS;
 use crate::schema::{Command, JobVerb, MirrorCopyMode};
@@ -31,7 +30,6 @@ pub(super) struct Control {
     pub(super) jobs: Rc<JobManager>,
     pub(super) exports: Exports,
     pub(super) objects: Objects,
-    pub(super) extras: Extras,
     end: Cell<End>,
     ended: Notify,
 }
@@ -61,7 +59,6 @@ impl Control {
                 jobs,
                 exports,
                 objects: Objects::default(),
-                extras: Extras::default(),
                 end: Cell::new(End::Open),
                 ended: Notify::new(core),
             }
@@ -83,7 +80,15 @@ impl Control {
             Command::BlockCommit(commit) => self.commit(*commit).await?,
             Command::Bitmap(change) => self.change_bitmap(change).await?,
             Command::BitmapSha256(bitmap) => return self.bitmap_sha256(&bitmap),
+            Command::DriveMirror(drive) => self.drive_mirror(*drive).await?,
+            Command::DriveBackup(drive) => self.drive_backup(*drive).await?,
             Command::BlockdevAmend(amend) => self.amend(&amend)?,
+            Command::BlockdevCreate(create) => self.create(create)?,
+            Command::ChangeBackingFile(change) => self.change_backing_file(change).await?,
+            Command::BlockSetWriteThreshold(mark) => self.set_write_threshold(&mark)?,
+            Command::BlockdevReopen(list) => self.reopen(list.options).await?,
+            Command::BlockdevSetActive(change) => self.set_active(change).await?,
+            Command::BlockResize(resize) => self.resize(resize).await?,
             Command::BlockdevSnapshot(snapshot) => self.snapshot(snapshot).await?,
             Command::BlockdevSnapshotSync(snapshot) => self.snapshot_sync(snapshot).await?,
             Command::SnapshotInternal(snapshot) => self.snapshot_internal(snapshot).await?,
@@ -91,7 +96,7 @@ impl Control {
             Command::Transaction(transaction) => self.transaction(transaction).await?,
             Command::NbdServerStart(options) => self.start_server(options).await?,
             Command::NbdServerStop => self.exports.stop_nbd().await?,
-            Command::BlockExportAdd(export) => self.add_export(export)?,
+            Command::BlockExportAdd(export) => self.add_export(export).await?,
             Command::BlockExportDel(export) => self.remove_export(&export)?,
             Command::ObjectAdd(object) => self.objects.add(&object)?,
             Command::ObjectDel { id } => self.remove_object(&id)?,
@@ -100,6 +105,7 @@ impl Control {
             | Command::QueryBlockstats { .. }
             | Command::QueryJobs
             | Command::QueryBlockJobs
+            | Command::QueryBlockGraph
             | Command::QueryBlockExports => return Ok(self.query(&command)),
             Command::Job { .. }
             | Command::JobCancel { .. }
@@ -118,6 +124,7 @@ impl Control {
             Command::QueryJobs => self.query_jobs(),
             Command::QueryBlockJobs => self.query_block_jobs(),
             Command::QueryBlockExports => self.query_exports(),
+            Command::QueryBlockGraph => self.block_graph(),
             // No node here is a device of the peer's old kind.
             _ => Value::Array(Vec::new()),
         }
@@ -143,9 +150,10 @@ impl Control {
         Ok(())
     }
 
-    /// The node that an argument names as device or node.
+    /// The node that an argument names as device or node; for a filter the one that it serves.
     pub(super) fn node(&self, name: &str) -> Result<Rc<Node>> {
-        self.graph.find(name).map_err(|_| Failure::no_node(name, name))
+        let found = self.graph.find(name).map_err(|_| Failure::no_node(name, name))?;
+        Ok(found.served())
     }
 
     /// Ends exports and jobs; a second caller waits for the first.

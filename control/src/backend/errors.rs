@@ -21,6 +21,13 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// The same failure, told as a part of something larger.
+    #[must_use]
+    pub fn within(mut self, what: &str) -> Self {
+        self.desc = format!("{what}: {}", self.desc);
+        self
+    }
+
     /// A failure of class `GenericError`.
     pub fn generic(desc: impl Into<String>) -> Self {
         Self { class: ErrorClass::GenericError, desc: desc.into(), hint: None }

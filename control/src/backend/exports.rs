@@ -5,9 +5,10 @@
 use std::rc::Rc;
 
 use liveblk_engine::ErrorKind;
-use liveblk_engine::node::{BitmapAccess, Disk, Node, User};
+use liveblk_engine::node::{BitmapAccess, BitmapHold, Disk, Node, User};
 use liveblk_exports::nbd::{ContextOffer, ExportSpec, ServerConfig};
 use liveblk_exports::{ExportError, RemoveMode};
+use liveblk_jobs::limits::CUT_WAIT_NS;
 
 use super::control::{Control, Result};
 use super::errors::Failure;
@@ -40,7 +41,7 @@ impl Control {
     }
 
     /// `block-export-add`.
-    pub(super) fn add_export(&self, export: BlockExportAdd) -> Result<()> {
+    pub(super) async fn add_export(&self, export: BlockExportAdd) -> Result<()> {
         self.exports.check_id(&export.id)?;
         let node = self
             .graph
@@ -52,6 +53,10 @@ impl Control {
             return Err(Failure::generic("Option 'fixed-iothread' needs 'iothread'"));
         }
         let ExportKind::Nbd(nbd) = export.kind.clone();
+        if !node.is_active() {
+            // As the peer: who is exported is in use here.
+            self.graph.activate(&node, CUT_WAIT_NS).await?;
+        }
         if export.writable && !node.is_writable() {
             return Err(ExportError::ReadOnlyNode.into());
         }
@@ -85,21 +90,27 @@ impl Control {
         export: &BlockExportAdd,
     ) -> Result<ContextOffer> {
         let one = nbd.bitmap.iter().cloned().map(BitmapRef::Name);
-        let held = one.chain(nbd.bitmaps.iter().cloned()).map(|reference| {
+        let mut held: Vec<Rc<BitmapHold>> = Vec::new();
+        for reference in one.chain(nbd.bitmaps.iter().cloned()) {
             let (node, name) = match reference {
                 BitmapRef::Name(name) => (holder(node, &name)?, name),
                 BitmapRef::OnNode { node, name } => (self.bitmap_node(&node)?, name),
             };
             let name = name.as_str();
             let bitmap = node.bitmap(name)?;
+            // One that is named twice is shown twice, as by the peer.
+            if let Some(hold) = held.iter().find(|hold| Rc::ptr_eq(hold.bitmap(), &bitmap)) {
+                let again = Rc::clone(hold);
+                held.push(again);
+                continue;
+            }
             if !export.writable && bitmap.is_enabled() && node.is_writable() {
                 let desc = format!("Enabled bitmap '{name}' incompatible with readonly export");
                 return Err(Failure::generic(desc));
             }
-            Ok(node.hold_bitmap(name, &export.id, BitmapAccess::Read)?)
-        });
-        let bitmaps = held.collect::<Result<Rc<[_]>>>()?;
-        Ok(ContextOffer { depth: nbd.allocation_depth, bitmaps })
+            held.push(Rc::new(node.hold_bitmap(name, &export.id, BitmapAccess::Read)?));
+        }
+        Ok(ContextOffer { depth: nbd.allocation_depth, bitmaps: held.into() })
     }
 
     /// `block-export-del`.

@@ -3,20 +3,25 @@
 //! Owns: the translation of arguments, and the refusal of options that this version does not have.
 //! Does not: check what the jobs crate checks.
 
+use std::rc::Rc;
+
 use liveblk_engine::executor::CoreId;
+use liveblk_engine::node::Node;
 use liveblk_jobs::{
-    Action, Amendment, BackupAction, BackupSpec, CompletionMode, CopyMode, JobError, JobOptions,
-    MirrorSpec, NewImageMode, OnError, SnapshotFile, SyncMode, start_amend, start_backup,
-    start_mirror,
+    Action, Amendment, BackupAction, BackupOptions, BackupSpec, BitmapChoice, BitmapMode,
+    CompletionMode, CopyMode, DriveTarget, JobOptions, MirrorAction, MirrorOptions, MirrorSpec,
+    NewImageMode, OnCbwError, OnError, SnapshotFile, SyncMode, start_amend, start_backup,
+    start_drive_backup, start_drive_mirror, start_mirror,
 };
 
 use super::bitmaps::bitmap_action;
 use super::control::{Control, Result};
 use super::errors::Failure;
+use super::fleecing::{check_granule, on_cbw_error};
 use super::internal::internal_snapshot;
 use crate::schema::{
     self, BackupPerf, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevSnapshot,
-    BlockdevSnapshotSync, MirrorCopyMode, Transaction, TransactionAction,
+    BlockdevSnapshotSync, Drive, DriveFile, MirrorCopyMode, Transaction, TransactionAction,
 };
 
 impl Control {
@@ -24,34 +29,93 @@ impl Control {
     pub(super) async fn mirror(&self, mirror: BlockdevMirror) -> Result<()> {
         let source = self.node(&mirror.device)?;
         let target = self.node(&mirror.target)?;
-        if mirror.replaces.as_ref().is_some_and(|replaces| *replaces != mirror.device) {
-            return Err(not_yet("Option 'replaces' for another node than the source"));
-        }
-        if let Some(name) = &mirror.filter_node_name {
-            self.graph.check_name(name)?;
-        }
-        if mirror.buf_size.is_some_and(|size| size < 0) {
-            return Err(Failure::generic("Invalid parameter 'buf-size'"));
-        }
-        let job = JobOptions {
-            id: mirror.job_id.unwrap_or_default(),
-            speed: mirror.speed,
-            auto_finalize: mirror.auto_finalize,
-            auto_dismiss: mirror.auto_dismiss,
-            on_source_error: on_error(mirror.on_source_error),
-            on_target_error: on_error(mirror.on_target_error),
-        };
-        let spec = MirrorSpec {
+        let MirrorAction { job, sync, copy_mode, granularity, allow_larger_target, more, .. } =
+            self.mirror_action(mirror)?;
+        start_mirror(MirrorSpec {
             job,
             source,
             target,
+            sync,
+            copy_mode,
+            granularity,
+            allow_larger_target,
+            more,
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// `drive-mirror`.
+    pub(super) async fn drive_mirror(&self, drive: Drive<BlockdevMirror>) -> Result<()> {
+        self.node(&drive.job.device)?;
+        let (file, made) = (drive_target(&drive.file), drive.file.clone());
+        let mut mirror = self.mirror_action(drive.job)?;
+        mirror.more.keep_zeroes = !made.unmap;
+        start_drive_mirror(&self.core, mirror, file).await?;
+        Ok(())
+    }
+
+    /// `drive-backup`.
+    pub(super) async fn drive_backup(&self, drive: Drive<BlockdevBackup>) -> Result<()> {
+        self.node(&drive.job.device)?;
+        self.check_backup(&drive.job)?;
+        let file = drive_target(&drive.file);
+        start_drive_backup(&self.core, backup_action(drive.job), file).await?;
+        Ok(())
+    }
+
+    /// A mirror with its nodes by name.
+    fn mirror_action(&self, mirror: BlockdevMirror) -> Result<MirrorAction> {
+        let source = self.node(&mirror.device)?;
+        self.check_mirror(&mirror, &source)?;
+        let buf_size = u64::try_from(mirror.buf_size.unwrap_or(0))
+            .map_err(|_| Failure::generic("Invalid parameter 'buf-size'"))?;
+        let mode = mirror.bitmap_mode.map(bitmap_mode);
+        let more = MirrorOptions {
+            buf_size,
+            target_is_zero: mirror.target_is_zero,
+            filter_name: mirror.filter_node_name,
+            bitmap: BitmapChoice { name: mirror.bitmap, mode },
+            ..MirrorOptions::default()
+        };
+        Ok(MirrorAction {
+            job: JobOptions {
+                id: mirror.job_id.unwrap_or_default(),
+                speed: mirror.speed,
+                auto_finalize: mirror.auto_finalize,
+                auto_dismiss: mirror.auto_dismiss,
+                on_source_error: on_error(mirror.on_source_error),
+                on_target_error: on_error(mirror.on_target_error),
+            },
+            source: mirror.device,
+            target: mirror.target,
             sync: sync_mode(mirror.sync),
             copy_mode: copy_mode(mirror.copy_mode),
             granularity: mirror.granularity.map(u64::from),
             allow_larger_target: mirror.allow_larger_target,
-        };
-        start_mirror(spec).await?;
-        Ok(())
+            more,
+        })
+    }
+
+    /// What the peer's mirror refuses before it looks at the target.
+    fn check_mirror(&self, mirror: &BlockdevMirror, source: &Rc<Node>) -> Result<()> {
+        if let Some(name) = &mirror.replaces {
+            // Nothing here stands between the source and its guests but filters, which move none.
+            let replaced = self.graph.find(name).map_err(|_| {
+                Failure::generic(format!("Failed to find node with node-name='{name}'"))
+            })?;
+            if replaced.id() != source.id() {
+                return Err(Failure::generic(format!(
+                    "Cannot replace '{name}' by a node mirrored from '{}', because it cannot be \
+                     guaranteed that doing so would not lead to an abrupt change of visible data",
+                    source.name()
+                )));
+            }
+        }
+        match &mirror.filter_node_name {
+            Some(name) => Ok(self.graph.check_name(name)?),
+            None => Ok(()),
+        }
     }
 
     /// `blockdev-backup`.
@@ -59,31 +123,16 @@ impl Control {
         let source = self.node(&backup.device)?;
         let target = self.node(&backup.target)?;
         self.check_backup(&backup)?;
-        let spec = BackupSpec {
-            source,
-            target,
-            sync: sync_mode(backup.sync),
-            allow_larger_target: backup.allow_larger_target,
-            compress: backup.compress,
-            job: backup_job(backup),
-        };
-        start_backup(spec).await?;
+        let BackupAction { job, sync, allow_larger_target, compress, more, .. } =
+            backup_action(backup);
+        start_backup(BackupSpec { job, source, target, sync, allow_larger_target, compress, more })
+            .await?;
         Ok(())
     }
 
     /// What the peer's backup refuses, and what this version does not have.
     fn check_backup(&self, backup: &BlockdevBackup) -> Result<()> {
-        if backup.bitmap.is_none() && backup.bitmap_mode.is_some() {
-            let desc = "Cannot specify bitmap sync mode without a bitmap";
-            return Err(Failure::generic(desc));
-        }
-        if let Some(bitmap) = &backup.bitmap {
-            return Err(Failure::generic(format!("Bitmap '{bitmap}' could not be found")));
-        }
         check_perf(&backup.x_perf)?;
-        if backup.discard_source {
-            return Err(not_yet("Option 'discard-source'"));
-        }
         let Some(name) = &backup.filter_node_name else { return Ok(()) };
         self.graph
             .check_name(name)
@@ -127,12 +176,6 @@ impl Control {
             schema::CompletionMode::Individual => CompletionMode::Individual,
             schema::CompletionMode::Grouped => CompletionMode::Grouped,
         };
-        if completion == CompletionMode::Grouped {
-            let other = transaction.actions.iter().find(|action| !may_be_grouped(action));
-            if let Some(action) = other {
-                return Err(JobError::NotGrouped { action: action.name() }.into());
-            }
-        }
         let actions = transaction.actions.into_iter().map(|action| self.action(action));
         let actions = actions.collect::<Result<Vec<_>>>()?;
         self.run_transaction(actions, completion).await
@@ -169,14 +212,19 @@ impl Control {
             TransactionAction::Bitmap(change) => Ok(Action::Bitmap(bitmap_action(change)?)),
             TransactionAction::Backup(backup) => {
                 self.check_backup(&backup)?;
-                Ok(Action::Backup(BackupAction {
-                    source: backup.device.clone(),
-                    target: backup.target.clone(),
-                    sync: sync_mode(backup.sync),
-                    allow_larger_target: backup.allow_larger_target,
-                    compress: backup.compress,
-                    job: backup_job(*backup),
-                }))
+                Ok(Action::Backup(backup_action(*backup)))
+            }
+            TransactionAction::Mirror(mirror) => Ok(Action::Mirror(self.mirror_action(*mirror)?)),
+            TransactionAction::DriveBackup(drive) => {
+                self.check_backup(&drive.job)?;
+                let file = drive_target(&drive.file);
+                Ok(Action::DriveBackup(backup_action(drive.job), file))
+            }
+            TransactionAction::DriveMirror(drive) => {
+                let file = drive_target(&drive.file);
+                let mut mirror = self.mirror_action(drive.job)?;
+                mirror.more.keep_zeroes = !drive.file.unmap;
+                Ok(Action::DriveMirror(mirror, file))
             }
         }
     }
@@ -193,17 +241,39 @@ impl Control {
             file: snapshot.snapshot_file.into(),
             overlay: snapshot.snapshot_node_name,
             format: snapshot.format.unwrap_or_else(|| "qcow2".to_owned()),
-            mode: match snapshot.mode {
-                schema::NewImageMode::Existing => NewImageMode::Existing,
-                schema::NewImageMode::AbsolutePaths => NewImageMode::AbsolutePaths,
-            },
+            mode: new_image_mode(snapshot.mode),
         }))
     }
 }
 
-/// Whether an action goes with jobs that end together; the peer takes nothing but backups.
-fn may_be_grouped(action: &TransactionAction) -> bool {
-    matches!(action, TransactionAction::Backup(_) | TransactionAction::Bitmap(_))
+/// A backup with its nodes by name.
+fn backup_action(backup: BlockdevBackup) -> BackupAction {
+    BackupAction {
+        source: backup.device.clone(),
+        target: backup.target.clone(),
+        sync: sync_mode(backup.sync),
+        allow_larger_target: backup.allow_larger_target,
+        compress: backup.compress,
+        more: backup_options(&backup),
+        job: backup_job(backup),
+    }
+}
+
+fn drive_target(file: &DriveFile) -> DriveTarget {
+    DriveTarget {
+        file: file.target.as_str().into(),
+        format: file.format.clone(),
+        mode: new_image_mode(file.mode),
+        node_name: file.node_name.clone(),
+        unmap: file.unmap,
+    }
+}
+
+fn new_image_mode(mode: schema::NewImageMode) -> NewImageMode {
+    match mode {
+        schema::NewImageMode::Existing => NewImageMode::Existing,
+        schema::NewImageMode::AbsolutePaths => NewImageMode::AbsolutePaths,
+    }
 }
 
 /// The snapshot, if its file is made here.
@@ -227,6 +297,22 @@ fn backup_job(backup: BlockdevBackup) -> JobOptions {
     }
 }
 
+fn backup_options(backup: &BlockdevBackup) -> BackupOptions {
+    let number = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok());
+    BackupOptions {
+        max_workers: number(backup.x_perf.max_workers).unwrap_or(0),
+        max_chunk: number(backup.x_perf.max_chunk).unwrap_or(0),
+        min_cluster_size: backup.x_perf.min_cluster_size.unwrap_or(0),
+        filter_name: backup.filter_node_name.clone(),
+        bitmap: BitmapChoice {
+            name: backup.bitmap.clone(),
+            mode: backup.bitmap_mode.map(bitmap_mode),
+        },
+        on_cbw_error: backup.on_cbw_error.map_or_else(OnCbwError::default, on_cbw_error),
+        discard_source: backup.discard_source,
+    }
+}
+
 fn check_perf(perf: &BackupPerf) -> Result<()> {
     if perf.max_workers.is_some_and(|workers| !(1..=i64::from(i32::MAX)).contains(&workers)) {
         return Err(Failure::generic("max-workers must be between 1 and 2147483647"));
@@ -235,11 +321,7 @@ fn check_perf(perf: &BackupPerf) -> Result<()> {
         let desc = "max-chunk must be zero (which means no limit) or positive";
         return Err(Failure::generic(desc));
     }
-    Ok(())
-}
-
-fn not_yet(what: &'static str) -> Failure {
-    JobError::NotYet { what }.into()
+    check_granule(perf.min_cluster_size).map_err(|error| error.within("Could not create node"))
 }
 
 fn sync_mode(mode: schema::SyncMode) -> SyncMode {
@@ -249,6 +331,14 @@ fn sync_mode(mode: schema::SyncMode) -> SyncMode {
         schema::SyncMode::None => SyncMode::None,
         schema::SyncMode::Incremental => SyncMode::Incremental,
         schema::SyncMode::Bitmap => SyncMode::Bitmap,
+    }
+}
+
+fn bitmap_mode(mode: schema::BitmapSync) -> BitmapMode {
+    match mode {
+        schema::BitmapSync::OnSuccess => BitmapMode::OnSuccess,
+        schema::BitmapSync::Never => BitmapMode::Never,
+        schema::BitmapSync::Always => BitmapMode::Always,
     }
 }
 

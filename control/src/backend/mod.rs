@@ -9,11 +9,14 @@
 //! events; 3. the exports are gone; 4. the answer to `quit` leaves; 5. nodes are closed.
 
 mod bitmaps;
+mod block_graph;
 mod chains;
 mod control;
+mod create;
 mod errors;
 mod events;
 mod exports;
+mod fleecing;
 mod handle;
 mod image_opts;
 mod internal;
@@ -21,7 +24,9 @@ mod jobs;
 mod nodes;
 mod objects;
 mod queries;
+mod reopen;
 mod sockets;
+mod verbs;
 
 pub use errors::Failure;
 pub use handle::{EngineBackend, Settings};

@@ -1,17 +1,13 @@
 //! `blockdev-add` and `blockdev-del`.
 //!
 //! Owns: the translation of options into what the graph opens, with the inheritance of the peer (a
-//! child takes what it does not say from its parent), and what queries show that the engine has no
-//! use for. Does not: open or close; the graph does.
-
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+//! child takes what it does not say from its parent). Does not: open or close; the graph does.
 
 use liveblk_engine::format::{FormatOptions, InfoValue};
 use liveblk_engine::graph::{
     BackingSource, DataFileSource, FileSource, FileSpec, GraphError, OpenNode,
 };
-use liveblk_engine::node::{Node, NodeId, NodeOptions, Role, User};
+use liveblk_engine::node::{self, NodeOptions, Role, User};
 
 use super::control::{Control, Result};
 use super::errors::Failure;
@@ -22,31 +18,16 @@ use crate::schema::{
     OnOffAuto, Qcow2Options, RawOptions,
 };
 
-/// What queries show of nodes beyond what the engine knows.
-#[derive(Debug, Default)]
-pub(super) struct Extras(RefCell<BTreeMap<NodeId, DetectZeroes>>);
-
-impl Extras {
-    /// The option as it was given.
-    pub(super) fn detect_zeroes(&self, node: &Node) -> &'static str {
-        match self.0.borrow().get(&node.id()) {
-            None | Some(DetectZeroes::Off) => "off",
-            Some(DetectZeroes::On) => "on",
-            Some(DetectZeroes::Unmap) => "unmap",
-        }
-    }
-}
-
 /// What a child takes from its parent where it says nothing.
 #[derive(Debug, Clone, Copy, Default)]
-struct Inherited {
-    read_only: bool,
-    auto_read_only: bool,
-    force_share: bool,
-    direct: bool,
-    no_flush: bool,
+pub(super) struct Inherited {
+    pub(super) read_only: bool,
+    pub(super) auto_read_only: bool,
+    pub(super) force_share: bool,
+    pub(super) direct: bool,
+    pub(super) no_flush: bool,
     /// Only the root of a command belongs to the monitor.
-    root: bool,
+    pub(super) root: bool,
 }
 
 impl Control {
@@ -55,31 +36,43 @@ impl Control {
         if options.node.node_name.is_none() {
             return Err(liveblk_engine::Error::from(GraphError::NameMissing).into());
         }
-        let detect_zeroes = options.node.detect_zeroes;
-        let root = Inherited { root: true, ..Inherited::default() };
-        let node = self.graph.open(image(options, root)?).await?;
-        if detect_zeroes != DetectZeroes::Off {
-            self.extras.0.borrow_mut().insert(node.id(), detect_zeroes);
+        match options.driver {
+            DriverOptions::CopyBeforeWrite(cbw) => return self.add_cbw(&options.node, *cbw).await,
+            DriverOptions::SnapshotAccess(view) => {
+                return self.add_snapshot_access(&options.node, view.file).await;
+            }
+            _ => {}
         }
+        let root = Inherited { root: true, ..Inherited::default() };
+        self.graph.open(image(options, root)?).await?;
         Ok(())
     }
 
     /// `blockdev-del`; the refusals in the peer's order.
     pub(super) async fn remove_node(&self, name: &str) -> Result<()> {
         let node = self.graph.find(name)?;
+        if liveblk_jobs::is_job_filter(&node) {
+            return Err(liveblk_engine::Error::from(GraphError::InUse(name.to_owned())).into());
+        }
         let users = node.users();
         // In the peer a job's filter stands between a guest and the source.
         let is_source = |user: &User| matches!(user, User::Job { role: Role::Source, .. });
         let below_filter = users.iter().any(is_source);
+        let is_below = users.iter().any(|user| matches!(user, User::Overlay { .. }));
         let fronts = |user: &User| match user {
             User::Guest { .. } => !below_filter,
-            User::Job { kind, role: Role::Target, .. } => *kind == "mirror",
+            User::Job { kind, role: Role::Target, .. } => matches!(*kind, "mirror" | "commit"),
+            // The top of a commit is in the middle of its chain, or guests write it.
+            User::Job { kind, role: Role::Source, .. } => *kind == "commit" && is_below,
             _ => false,
         };
         let refusal = if users.iter().any(fronts) {
             Some(GraphError::InUse(name.to_owned()))
         } else {
-            users.iter().find_map(|user| blocker(name, user))
+            // Jobs are named first.
+            let (jobs, others): (Vec<_>, Vec<_>) =
+                users.iter().partition(|user| matches!(user, User::Job { .. }));
+            jobs.into_iter().chain(others).find_map(|user| blocker(name, user))
         };
         if let Some(refusal) = refusal {
             return Err(liveblk_engine::Error::from(refusal).into());
@@ -91,9 +84,7 @@ impl Control {
         if !users.is_empty() {
             return Err(Failure::generic(format!("Block device {name} is in use")));
         }
-        self.graph.remove(&node).await?;
-        self.extras.0.borrow_mut().remove(&node.id());
-        Ok(())
+        Ok(self.graph.remove(&node).await?)
     }
 }
 
@@ -114,7 +105,10 @@ fn blocker(name: &str, user: &User) -> Option<GraphError> {
 }
 
 /// The options of a node with what it inherits, checked for what never works together.
-fn settle(options: &BlockdevOptions, parent: Inherited) -> Result<(Inherited, NodeOptions)> {
+pub(super) fn settle(
+    options: &BlockdevOptions,
+    parent: Inherited,
+) -> Result<(Inherited, NodeOptions)> {
     let node = &options.node;
     let own = Inherited {
         read_only: node.read_only.unwrap_or(parent.read_only),
@@ -128,7 +122,8 @@ fn settle(options: &BlockdevOptions, parent: Inherited) -> Result<(Inherited, No
     let default = if parent.root { Discard::Ignore } else { Discard::Unmap };
     let discard_unmap = node.discard.unwrap_or(default) == Discard::Unmap;
     if node.active == Some(false) {
-        return Err(Failure::generic("Inactive nodes are not supported by this version"));
+        let desc = "Nodes cannot be added inactive: use blockdev-set-active";
+        return Err(Failure::generic(desc));
     }
     if own.force_share && !own.read_only {
         return Err(Failure::generic("force-share=on can only be used with read-only images"));
@@ -139,12 +134,23 @@ fn settle(options: &BlockdevOptions, parent: Inherited) -> Result<(Inherited, No
              unmap",
         ));
     }
-    Ok((own, NodeOptions { discard_unmap, direct: own.direct, no_flush: own.no_flush }))
+    let detect_zeroes = match node.detect_zeroes {
+        DetectZeroes::Off => node::DetectZeroes::Off,
+        DetectZeroes::On => node::DetectZeroes::On,
+        DetectZeroes::Unmap => node::DetectZeroes::Unmap,
+    };
+    let (direct, no_flush) = (own.direct, own.no_flush);
+    Ok((own, NodeOptions { discard_unmap, direct, no_flush, detect_zeroes }))
 }
 
 /// A node that no command names.
 pub(super) fn standalone(options: BlockdevOptions) -> Result<OpenNode> {
     image(options, Inherited { root: true, ..Inherited::default() })
+}
+
+/// An image or file that is opened for a filter or a job.
+pub(super) fn child_image(options: BlockdevOptions) -> Result<OpenNode> {
+    image(options, Inherited::default())
 }
 
 /// A node of any driver.
@@ -158,6 +164,11 @@ fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
         }
         DriverOptions::Raw(raw) => raw_image(raw, own)?,
         DriverOptions::Qcow2(qcow2) => qcow2_image(*qcow2, own)?,
+        DriverOptions::CopyBeforeWrite(_) | DriverOptions::SnapshotAccess(_) => {
+            return Err(Failure::generic(
+                "Filters stand above the nodes of a chain: add this one by itself and name it",
+            ));
+        }
     };
     open.name = options.node.node_name;
     open.writable = !own.read_only;
@@ -204,7 +215,7 @@ fn qcow2_image(qcow2: Qcow2Options, own: Inherited) -> Result<OpenNode> {
 }
 
 /// The options that the format takes itself.
-fn qcow2_options(qcow2: &Qcow2Options) -> Result<FormatOptions> {
+pub(super) fn qcow2_options(qcow2: &Qcow2Options) -> Result<FormatOptions> {
     let mut options = FormatOptions::new();
     let flags = [
         ("lazy-refcounts", qcow2.lazy_refcounts),

@@ -1,13 +1,15 @@
 //! What queries answer.
 //!
 //! Owns: the shape of the answers, which is the peer's. Promises: an answer shows one instant; it
-//! does no I/O. Numbers of requests are not counted per node and are zero.
+//! does no I/O. Numbers of requests are those of what was asked of the node itself (the peer counts
+//! only for devices, and shows zeroes for nodes).
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use liveblk_engine::format::{BackingRef, InfoValue};
-use liveblk_engine::node::Node;
+use liveblk_engine::node::{DetectZeroes, Node, NodeStats};
+use liveblk_engine::storage::{DiscardStats, Storage};
 use serde_json::{Map, Value, json};
 
 use super::bitmaps::dirty_bitmaps;
@@ -23,11 +25,16 @@ impl Control {
         let options = node.options();
         let mut info = Map::new();
         info.insert("iops_rd".to_owned(), json!(0));
-        info.insert("detect_zeroes".to_owned(), json!(self.extras.detect_zeroes(node)));
-        info.insert("active".to_owned(), json!(true));
+        let detect_zeroes = match options.detect_zeroes {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        };
+        info.insert("detect_zeroes".to_owned(), json!(detect_zeroes));
+        info.insert("active".to_owned(), json!(node.is_active()));
         info.insert("image".to_owned(), image_info(node, flat));
         info.insert("iops_wr".to_owned(), json!(0));
-        info.insert("ro".to_owned(), json!(!node.is_writable()));
+        info.insert("ro".to_owned(), json!(!is_shown_writable(node)));
         info.insert("node-name".to_owned(), json!(&*node.name()));
         let mut depth = 0;
         if let Some(backing) = node.backing() {
@@ -38,9 +45,12 @@ impl Control {
         }
         info.insert("backing_file_depth".to_owned(), json!(depth));
         info.insert("drv".to_owned(), json!(node.driver()));
-        for name in ["iops", "bps_wr", "write_threshold"] {
+        for name in ["iops", "bps_wr"] {
             info.insert(name.to_owned(), json!(0));
         }
+        // A mark of 8 EiB and more is shown as negative, as by the peer.
+        let threshold = node.write_watch().threshold().cast_signed();
+        info.insert("write_threshold".to_owned(), json!(threshold));
         info.insert("encrypted".to_owned(), json!(false));
         info.insert("bps".to_owned(), json!(0));
         info.insert("bps_rd".to_owned(), json!(0));
@@ -106,9 +116,16 @@ impl Control {
 
     /// `query-block-exports`.
     pub(super) fn query_exports(&self) -> Value {
+        // Clients expect a job's filter where the job works, though it moves no guest.
+        let shown = |name: &str| {
+            let node = self.graph.find(name).ok();
+            let filter =
+                node.and_then(|node| liveblk_jobs::job_filter_above(&self.graph, node.id()));
+            filter.map_or_else(|| name.to_owned(), |filter| filter.name().to_string())
+        };
         let row = |export: &liveblk_exports::ExportInfo| {
             json!({
-                "node-name": export.node_name,
+                "node-name": shown(&export.node_name),
                 "shutting-down": export.shutting_down,
                 "type": export.kind,
                 "id": export.id,
@@ -116,6 +133,11 @@ impl Control {
         };
         self.exports.list().iter().map(row).collect()
     }
+}
+
+/// An inactive node shows what it will be again.
+fn is_shown_writable(node: &Node) -> bool {
+    if node.is_active() { node.is_writable() } else { node.is_asked_writable() }
 }
 
 fn insert_some(row: &mut Value, name: &str, value: Option<Value>) {
@@ -162,6 +184,9 @@ fn one_image(node: &Rc<Node>) -> Value {
     let mut image = json!({"virtual-size": size, "filename": filename});
     if let Some(bytes) = info.cluster_size.filter(|bytes| *bytes > 1) {
         insert_some(&mut image, "cluster-size", Some(bytes.into()));
+        if node.view().is_some() {
+            insert_some(&mut image, "dirty-flag", Some(false.into()));
+        }
     }
     insert_some(&mut image, "format", Some(node.driver().into()));
     if node.driver() == "qcow2" {
@@ -222,19 +247,53 @@ fn one_stats(node: &Rc<Node>) -> Value {
     for name in COUNTERS {
         counters.insert((*name).to_owned(), json!(0));
     }
+    for (name, value) in counted(&node.stats()) {
+        counters.insert(name.to_owned(), json!(value));
+    }
     counters.insert("account_invalid".to_owned(), json!(false));
     counters.insert("account_failed".to_owned(), json!(false));
     let mut row = json!({"stats": counters, "node-name": &*node.name()});
     let file = (node.driver() == "file").then(|| {
+        let discards = match node.format().data_storage() {
+            Storage::File(file) => file.discards(),
+            Storage::Memory(_) => DiscardStats::default(),
+        };
         json!({
             "driver": "file",
-            "discard-nb-ok": 0,
-            "discard-nb-failed": 0,
-            "discard-bytes-ok": 0,
+            "discard-nb-ok": discards.done,
+            "discard-nb-failed": discards.failed,
+            "discard-bytes-ok": discards.bytes,
         })
     });
     insert_some(&mut row, "driver-specific", file);
     row
+}
+
+/// The counters that are not zero for nodes.
+fn counted(stats: &NodeStats) -> [(&'static str, u64); 20] {
+    let NodeStats { read, write, unmap, flush, highest_write } = stats;
+    [
+        ("rd_operations", read.operations),
+        ("rd_bytes", read.bytes),
+        ("rd_total_time_ns", read.total_time_ns),
+        ("failed_rd_operations", read.failed),
+        ("invalid_rd_operations", read.invalid),
+        ("wr_operations", write.operations),
+        ("wr_bytes", write.bytes),
+        ("wr_total_time_ns", write.total_time_ns),
+        ("failed_wr_operations", write.failed),
+        ("invalid_wr_operations", write.invalid),
+        ("unmap_operations", unmap.operations),
+        ("unmap_bytes", unmap.bytes),
+        ("unmap_total_time_ns", unmap.total_time_ns),
+        ("failed_unmap_operations", unmap.failed),
+        ("invalid_unmap_operations", unmap.invalid),
+        ("flush_operations", flush.operations),
+        ("flush_total_time_ns", flush.total_time_ns),
+        ("failed_flush_operations", flush.failed),
+        ("invalid_flush_operations", flush.invalid),
+        ("wr_highest_offset", *highest_write),
+    ]
 }
 
 static COUNTERS: &[&str] = &[

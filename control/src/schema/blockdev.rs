@@ -9,11 +9,12 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::types::{
-    AlternateType, EnumType, INT, ObjectType, Type, Variants, may, may_unstable, need, object,
+    AlternateType, EnumType, INT, Int, ObjectType, Type, Variants, may, may_unstable, need, object,
     words,
 };
 
-pub(super) static DRIVER: EnumType = words("BlockdevDriver", &["file", "qcow2", "raw"]);
+pub(super) static DRIVER: EnumType =
+    words("BlockdevDriver", &["copy-before-write", "file", "qcow2", "raw", "snapshot-access"]);
 static DISCARD: EnumType = words("BlockdevDiscardOptions", &["ignore", "unmap"]);
 pub(super) static DETECT_ZEROES: EnumType =
     words("BlockdevDetectZeroesOptions", &["off", "on", "unmap"]);
@@ -41,7 +42,13 @@ pub static BLOCKDEV_OPTIONS: ObjectType = ObjectType {
     ],
     variants: Some(Variants {
         tag: "driver",
-        cases: &[("file", &FILE), ("qcow2", &QCOW2), ("raw", &RAW)],
+        cases: &[
+            ("copy-before-write", &CBW),
+            ("file", &FILE),
+            ("qcow2", &QCOW2),
+            ("raw", &RAW),
+            ("snapshot-access", &SNAPSHOT_ACCESS),
+        ],
     }),
     features: &[],
 };
@@ -61,7 +68,7 @@ static FILE: ObjectType = ObjectType {
     features: &["dynamic-auto-read-only"],
 };
 
-static REFERENCE: AlternateType =
+pub(super) static REFERENCE: AlternateType =
     AlternateType { name: "BlockdevRef", choices: &[Type::Object(&BLOCKDEV_OPTIONS), Type::Str] };
 
 static REFERENCE_OR_NULL: AlternateType = AlternateType {
@@ -114,6 +121,73 @@ static QCOW2: ObjectType = object(
         may("data-file", Type::Alternate(&REFERENCE)),
     ],
 );
+
+pub(super) static ON_CBW_ERROR: EnumType =
+    words("OnCbwError", &["break-guest-write", "break-snapshot"]);
+
+static BITMAP: ObjectType =
+    object("BlockDirtyBitmap", &[need("node", Type::Str), need("name", Type::Str)]);
+
+static CBW: ObjectType = object(
+    "BlockdevOptionsCbw",
+    &[
+        need("file", Type::Alternate(&REFERENCE)),
+        need("target", Type::Alternate(&REFERENCE)),
+        may("bitmap", Type::Object(&BITMAP)),
+        may("on-cbw-error", Type::Enum(&ON_CBW_ERROR)),
+        may("cbw-timeout", Type::Int(Int::U32)),
+        may("min-cluster-size", Type::Int(Int::Size)),
+    ],
+);
+
+static SNAPSHOT_ACCESS: ObjectType =
+    object("BlockdevOptionsGenericFormat", &[need("file", Type::Alternate(&REFERENCE))]);
+
+/// Who suffers when old content cannot be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCbwError {
+    /// The guest's write fails.
+    #[default]
+    BreakGuestWrite,
+    /// The snapshot cannot be read any more.
+    BreakSnapshot,
+}
+
+/// A dirty bitmap of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct NamedBitmap {
+    /// The node.
+    pub node: String,
+    /// The bitmap.
+    pub name: String,
+}
+
+/// Options of driver `copy-before-write`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CbwOptions {
+    /// The disk.
+    pub file: BlockdevRef,
+    /// Where old content goes.
+    pub target: BlockdevRef,
+    /// What is kept; absent means everything.
+    pub bitmap: Option<NamedBitmap>,
+    /// See [`OnCbwError`].
+    #[serde(default)]
+    pub on_cbw_error: OnCbwError,
+    /// Seconds that a guest waits before that counts as an error; 0 is for ever.
+    pub cbw_timeout: Option<u32>,
+    /// Least bytes of a unit.
+    pub min_cluster_size: Option<u64>,
+}
+
+/// Options of driver `snapshot-access`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct SnapshotAccessOptions {
+    /// The copy-before-write node.
+    pub file: BlockdevRef,
+}
 
 /// What a discard request does on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -282,6 +356,10 @@ pub enum DriverOptions {
     Raw(RawOptions),
     /// A qcow2 image.
     Qcow2(Box<Qcow2Options>),
+    /// A filter that keeps what guests overwrite.
+    CopyBeforeWrite(Box<CbwOptions>),
+    /// A view of what such a filter keeps.
+    SnapshotAccess(SnapshotAccessOptions),
 }
 
 /// A node named or described.
@@ -304,6 +382,12 @@ impl<'de> Deserialize<'de> for BlockdevOptions {
             Some("raw") => RawOptions::deserialize(value).map(DriverOptions::Raw),
             Some("qcow2") => {
                 Qcow2Options::deserialize(value).map(|q| DriverOptions::Qcow2(Box::new(q)))
+            }
+            Some("copy-before-write") => {
+                CbwOptions::deserialize(value).map(|c| DriverOptions::CopyBeforeWrite(Box::new(c)))
+            }
+            Some("snapshot-access") => {
+                SnapshotAccessOptions::deserialize(value).map(DriverOptions::SnapshotAccess)
             }
             _ => return Err(D::Error::custom("driver without options")),
         };

@@ -5,9 +5,10 @@
 
 use super::{
     BitmapChange, BitmapOf, BlockCommit, BlockExportAdd, BlockExportDel, BlockJobChange,
-    BlockStream, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevOptions, BlockdevSnapshot,
-    BlockdevSnapshotDelete, BlockdevSnapshotInternal, BlockdevSnapshotSync, NbdServerOptions,
-    ObjectAdd, Transaction,
+    BlockResize, BlockStream, BlockdevAmend, BlockdevBackup, BlockdevCreate, BlockdevMirror,
+    BlockdevOptions, BlockdevReopen, BlockdevSnapshot, BlockdevSnapshotDelete,
+    BlockdevSnapshotInternal, BlockdevSnapshotSync, ChangeBackingFile, Drive, NbdServerOptions,
+    ObjectAdd, SetActive, Transaction, WriteThreshold,
 };
 
 /// What can be asked of a job without further arguments.
@@ -100,8 +101,26 @@ pub enum Command {
     Bitmap(BitmapChange),
     /// `x-debug-block-dirty-bitmap-sha256`.
     BitmapSha256(BitmapOf),
+    /// `drive-mirror`.
+    DriveMirror(Box<Drive<BlockdevMirror>>),
+    /// `drive-backup`.
+    DriveBackup(Box<Drive<BlockdevBackup>>),
     /// `x-blockdev-amend`.
     BlockdevAmend(BlockdevAmend),
+    /// `blockdev-create`.
+    BlockdevCreate(BlockdevCreate),
+    /// `change-backing-file`.
+    ChangeBackingFile(ChangeBackingFile),
+    /// `block-set-write-threshold`.
+    BlockSetWriteThreshold(WriteThreshold),
+    /// `blockdev-reopen`.
+    BlockdevReopen(BlockdevReopen),
+    /// `blockdev-set-active`.
+    BlockdevSetActive(SetActive),
+    /// `block_resize`.
+    BlockResize(BlockResize),
+    /// `x-debug-query-block-graph`.
+    QueryBlockGraph,
     /// `blockdev-snapshot`.
     BlockdevSnapshot(BlockdevSnapshot),
     /// `blockdev-snapshot-sync`.

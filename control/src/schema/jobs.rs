@@ -2,8 +2,12 @@
 //!
 //! Owns: the data and typed form of mirror, backup and the job verbs.
 
-use serde::Deserialize;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
+use super::blockdev::{ON_CBW_ERROR, OnCbwError};
+use super::transaction::{NEW_IMAGE, NewImageMode};
 use super::types::{
     EnumType, INT, Int, ObjectType, Type, Variants, may, may_unstable, need, object, words,
 };
@@ -62,6 +66,9 @@ pub(super) static MIRROR: ObjectType = object(
         may("copy-mode", Type::Enum(&COPY_MODE)),
         may("auto-finalize", Type::Bool),
         may("auto-dismiss", Type::Bool),
+        may("target-is-zero", Type::Bool),
+        may("bitmap", Type::Str),
+        may("bitmap-mode", Type::Enum(&BITMAP_SYNC)),
         may("allow-larger-target", Type::Bool),
     ],
 );
@@ -94,7 +101,58 @@ pub(super) static BACKUP: ObjectType = object(
         may("discard-source", Type::Bool),
         may_unstable("x-perf", Type::Object(&BACKUP_PERF)),
         need("target", Type::Str),
+        may("on-cbw-error", Type::Enum(&ON_CBW_ERROR)),
         may("allow-larger-target", Type::Bool),
+    ],
+);
+
+/// Arguments of `drive-mirror`; the target is a file.
+pub(super) static DRIVE_MIRROR: ObjectType = object(
+    "DriveMirror",
+    &[
+        may("job-id", Type::Str),
+        need("device", Type::Str),
+        need("target", Type::Str),
+        may("format", Type::Str),
+        may("node-name", Type::Str),
+        may("replaces", Type::Str),
+        need("sync", Type::Enum(&MIRROR_SYNC)),
+        may("mode", Type::Enum(&NEW_IMAGE)),
+        may("speed", INT),
+        may("granularity", Type::Int(Int::U32)),
+        may("buf-size", INT),
+        may("on-source-error", Type::Enum(&ON_ERROR)),
+        may("on-target-error", Type::Enum(&ON_ERROR)),
+        may("unmap", Type::Bool),
+        may("copy-mode", Type::Enum(&COPY_MODE)),
+        may("auto-finalize", Type::Bool),
+        may("auto-dismiss", Type::Bool),
+        may("bitmap", Type::Str),
+        may("bitmap-mode", Type::Enum(&BITMAP_SYNC)),
+    ],
+);
+
+/// Arguments of `drive-backup`; the target is a file.
+pub(super) static DRIVE_BACKUP: ObjectType = object(
+    "DriveBackup",
+    &[
+        may("job-id", Type::Str),
+        need("device", Type::Str),
+        need("sync", Type::Enum(&MIRROR_SYNC)),
+        may("speed", INT),
+        may("bitmap", Type::Str),
+        may("bitmap-mode", Type::Enum(&BITMAP_SYNC)),
+        may("compress", Type::Bool),
+        may("on-source-error", Type::Enum(&ON_ERROR)),
+        may("on-target-error", Type::Enum(&ON_ERROR)),
+        may("auto-finalize", Type::Bool),
+        may("auto-dismiss", Type::Bool),
+        may("filter-node-name", Type::Str),
+        may("discard-source", Type::Bool),
+        may_unstable("x-perf", Type::Object(&BACKUP_PERF)),
+        need("target", Type::Str),
+        may("format", Type::Str),
+        may("mode", Type::Enum(&NEW_IMAGE)),
     ],
 );
 
@@ -199,6 +257,13 @@ pub struct BlockdevMirror {
     /// Whether the job vanishes by itself.
     #[serde(default = "yes")]
     pub auto_dismiss: bool,
+    /// Ours: a bitmap of the source that names what is copied, or what the copy leaves behind.
+    pub bitmap: Option<String>,
+    /// Ours: what becomes of the bitmap.
+    pub bitmap_mode: Option<BitmapSync>,
+    /// Of later versions of the peer: the target reads as zeroes already.
+    #[serde(default)]
+    pub target_is_zero: bool,
     /// Ours: the target may be larger than the source; its tail reads zero.
     #[serde(default)]
     pub allow_larger_target: bool,
@@ -260,9 +325,48 @@ pub struct BlockdevBackup {
     /// Tuning.
     #[serde(default)]
     pub x_perf: BackupPerf,
+    /// Of later versions of the peer: who suffers when old content cannot be kept; absent means
+    /// the backup.
+    pub on_cbw_error: Option<OnCbwError>,
     /// Ours: the target may be larger than the source; its tail reads zero.
     #[serde(default)]
     pub allow_larger_target: bool,
+}
+
+/// The file of a `drive-mirror` or `drive-backup`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DriveFile {
+    /// The file.
+    pub target: String,
+    /// Its format; absent means the source's, or what a file that exists proves to have.
+    pub format: Option<String>,
+    /// Name of the target's node.
+    pub node_name: Option<String>,
+    /// Whether the file is made.
+    #[serde(default)]
+    pub mode: NewImageMode,
+    /// Whether space of the target is given back.
+    #[serde(default = "yes")]
+    pub unmap: bool,
+}
+
+/// Arguments of `drive-mirror` or `drive-backup`: those of the job, and the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drive<T> {
+    /// The job; its `target` is the name of the file.
+    pub job: T,
+    /// The file.
+    pub file: DriveFile,
+}
+
+impl<'de, T: DeserializeOwned> Deserialize<'de> for Drive<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let file = DriveFile::deserialize(&value).map_err(D::Error::custom)?;
+        let job = serde_json::from_value(value).map_err(D::Error::custom)?;
+        Ok(Self { job, file })
+    }
 }
 
 /// Arguments of `block-job-change`.

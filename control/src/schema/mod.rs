@@ -12,6 +12,7 @@ mod bitmaps;
 mod blockdev;
 mod chains;
 mod command;
+mod create;
 mod exports;
 mod introspect;
 mod jobs;
@@ -19,15 +20,18 @@ mod table;
 mod transaction;
 pub mod types;
 mod validate;
+mod verbs;
 
 pub use amend::{AmendOptions, BlockdevAmend};
 pub use bitmaps::{BitmapAdd, BitmapChange, BitmapMerge, BitmapOf};
 pub use blockdev::{
-    AioMode, BlockdevOptions, BlockdevRef, CacheOptions, DetectZeroes, Discard, DriverOptions,
-    FileOptions, NodeOptions, OnOffAuto, Qcow2Options, RawOptions,
+    AioMode, BlockdevOptions, BlockdevRef, CacheOptions, CbwOptions, DetectZeroes, Discard,
+    DriverOptions, FileOptions, NamedBitmap, NodeOptions, OnCbwError, OnOffAuto, Qcow2Options,
+    RawOptions, SnapshotAccessOptions,
 };
 pub use chains::{BlockCommit, BlockStream, ChainJob};
 pub use command::{Command, JobVerb};
+pub use create::{BlockdevCreate, CreateFile, CreateOptions, CreateQcow2, CreateRaw, PreallocMode};
 pub use exports::{
     BitmapRef, BlockExportAdd, BlockExportDel, ExportKind, ExportRemoveMode, InetAddress,
     IothreadOptions, MonitorOptions, NbdExportOptions, NbdServerOptions, ObjectAdd, SocketAddress,
@@ -35,8 +39,8 @@ pub use exports::{
 };
 pub use introspect::{query_commands, query_qmp_schema};
 pub use jobs::{
-    BackupPerf, BitmapSync, BlockJobChange, BlockdevBackup, BlockdevMirror, MirrorCopyMode,
-    MirrorSync, OnError, SyncMode,
+    BackupPerf, BitmapSync, BlockJobChange, BlockdevBackup, BlockdevMirror, Drive, DriveFile,
+    MirrorCopyMode, MirrorSync, OnError, SyncMode,
 };
 pub use table::{COMMANDS, CommandEntry, EVENTS, EventEntry, Run, command_entry};
 pub use transaction::{
@@ -45,6 +49,7 @@ pub use transaction::{
 };
 pub(crate) use validate::parse_switch;
 pub use validate::{ArgumentError, Source, validate};
+pub use verbs::{BlockResize, BlockdevReopen, ChangeBackingFile, SetActive, WriteThreshold};
 
 /// Types of options that the command line takes and QMP does not.
 pub mod startup {

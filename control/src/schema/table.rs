@@ -12,7 +12,10 @@ use serde_json::Value;
 use super::bitmaps::{self, BitmapChange};
 use super::command::{Command, JobVerb};
 use super::types::{EMPTY, ObjectType, Type};
-use super::{amend, answers, arguments, blockdev, chains, exports, introspect, jobs, transaction};
+use super::{
+    amend, answers, arguments, blockdev, chains, create, exports, introspect, jobs, transaction,
+    verbs,
+};
 use crate::qmp::version_info;
 
 /// A command.
@@ -244,12 +247,68 @@ pub static COMMANDS: &[CommandEntry] = &[
         features: &["unstable"],
         run: Run::Execute(|value| Ok(Command::BitmapSha256(Deserialize::deserialize(value)?))),
     },
+    command(
+        "drive-mirror",
+        &jobs::DRIVE_MIRROR,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::DriveMirror(Box::deserialize(value)?))),
+    ),
+    CommandEntry {
+        name: "drive-backup",
+        arguments: &jobs::DRIVE_BACKUP,
+        answer: NOTHING,
+        features: &["deprecated"],
+        run: Run::Execute(|value| Ok(Command::DriveBackup(Box::deserialize(value)?))),
+    },
     CommandEntry {
         name: "x-blockdev-amend",
         arguments: &amend::AMEND,
         answer: NOTHING,
         features: &["unstable"],
         run: Run::Execute(|value| Ok(Command::BlockdevAmend(Deserialize::deserialize(value)?))),
+    },
+    command(
+        "blockdev-create",
+        &create::CREATE,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevCreate(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "change-backing-file",
+        &verbs::CHANGE_BACKING_FILE,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::ChangeBackingFile(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "block-set-write-threshold",
+        &verbs::WRITE_THRESHOLD,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockSetWriteThreshold(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-reopen",
+        &verbs::REOPEN,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevReopen(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "blockdev-set-active",
+        &verbs::SET_ACTIVE,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockdevSetActive(Deserialize::deserialize(value)?))),
+    ),
+    command(
+        "block_resize",
+        &verbs::RESIZE,
+        NOTHING,
+        Run::Execute(|value| Ok(Command::BlockResize(Deserialize::deserialize(value)?))),
+    ),
+    CommandEntry {
+        name: "x-debug-query-block-graph",
+        arguments: &EMPTY,
+        answer: Type::Object(&verbs::GRAPH),
+        features: &["unstable"],
+        run: Run::Execute(|_| Ok(Command::QueryBlockGraph)),
     },
     CommandEntry {
         name: "blockdev-snapshot",
@@ -324,6 +383,7 @@ pub static EVENTS: &[EventEntry] = &[
     event("BLOCK_JOB_ERROR", &answers::JOB_ERROR),
     event("BLOCK_JOB_READY", &answers::JOB_PROGRESS),
     event("BLOCK_JOB_PENDING", &answers::JOB_PENDING),
+    event("BLOCK_WRITE_THRESHOLD", &verbs::WRITE_THRESHOLD_EVENT),
     event("BLOCK_IMAGE_CORRUPTED", &answers::IMAGE_CORRUPTED),
     event("BLOCK_EXPORT_DELETED", &answers::EXPORT_DELETED),
 ];

@@ -7,7 +7,9 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::bitmaps::{self, BitmapChange};
-use super::jobs::{BACKUP, BlockdevBackup};
+use super::jobs::{
+    BACKUP, BlockdevBackup, BlockdevMirror, DRIVE_BACKUP, DRIVE_MIRROR, Drive, MIRROR,
+};
 use super::types::{EMPTY, EnumType, ObjectType, Type, Variants, may, need, object, words};
 
 static ACTION_KIND: EnumType = words(
@@ -21,13 +23,16 @@ static ACTION_KIND: EnumType = words(
         "block-dirty-bitmap-disable",
         "block-dirty-bitmap-merge",
         "blockdev-backup",
+        "blockdev-mirror",
         "blockdev-snapshot",
         "blockdev-snapshot-internal-sync",
         "blockdev-snapshot-sync",
+        "drive-backup",
+        "drive-mirror",
     ],
 );
 static COMPLETION: EnumType = words("ActionCompletionMode", &["individual", "grouped"]);
-static NEW_IMAGE: EnumType = words("NewImageMode", &["existing", "absolute-paths"]);
+pub(super) static NEW_IMAGE: EnumType = words("NewImageMode", &["existing", "absolute-paths"]);
 
 pub(super) static SNAPSHOT: ObjectType =
     object("BlockdevSnapshot", &[need("node", Type::Str), need("overlay", Type::Str)]);
@@ -59,6 +64,12 @@ static BITMAP_MERGE_WRAPPER: ObjectType =
     object("BlockDirtyBitmapMergeWrapper", &[need("data", Type::Object(&bitmaps::MERGE))]);
 static BACKUP_WRAPPER: ObjectType =
     object("BlockdevBackupWrapper", &[need("data", Type::Object(&BACKUP))]);
+static MIRROR_WRAPPER: ObjectType =
+    object("BlockdevMirrorWrapper", &[need("data", Type::Object(&MIRROR))]);
+static DRIVE_BACKUP_WRAPPER: ObjectType =
+    object("DriveBackupWrapper", &[need("data", Type::Object(&DRIVE_BACKUP))]);
+static DRIVE_MIRROR_WRAPPER: ObjectType =
+    object("DriveMirrorWrapper", &[need("data", Type::Object(&DRIVE_MIRROR))]);
 static SNAPSHOT_WRAPPER: ObjectType =
     object("BlockdevSnapshotWrapper", &[need("data", Type::Object(&SNAPSHOT))]);
 static SNAPSHOT_SYNC_WRAPPER: ObjectType =
@@ -80,9 +91,12 @@ static ACTION: ObjectType = ObjectType {
             ("block-dirty-bitmap-disable", &BITMAP_WRAPPER),
             ("block-dirty-bitmap-merge", &BITMAP_MERGE_WRAPPER),
             ("blockdev-backup", &BACKUP_WRAPPER),
+            ("blockdev-mirror", &MIRROR_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
             ("blockdev-snapshot-internal-sync", &SNAPSHOT_INTERNAL_WRAPPER),
             ("blockdev-snapshot-sync", &SNAPSHOT_SYNC_WRAPPER),
+            ("drive-backup", &DRIVE_BACKUP_WRAPPER),
+            ("drive-mirror", &DRIVE_MIRROR_WRAPPER),
         ],
     }),
     features: &[],
@@ -175,6 +189,12 @@ pub enum TransactionAction {
     Bitmap(BitmapChange),
     /// See [`BlockdevBackup`].
     Backup(Box<BlockdevBackup>),
+    /// See [`BlockdevMirror`].
+    Mirror(Box<BlockdevMirror>),
+    /// A backup into a file.
+    DriveBackup(Box<Drive<BlockdevBackup>>),
+    /// A mirror into a file.
+    DriveMirror(Box<Drive<BlockdevMirror>>),
     /// See [`BlockdevSnapshot`].
     Snapshot(BlockdevSnapshot),
     /// See [`BlockdevSnapshotInternal`].
@@ -190,6 +210,9 @@ impl TransactionAction {
             Self::Abort => "abort",
             Self::Bitmap(change) => change.name(),
             Self::Backup(_) => "blockdev-backup",
+            Self::Mirror(_) => "blockdev-mirror",
+            Self::DriveBackup(_) => "drive-backup",
+            Self::DriveMirror(_) => "drive-mirror",
             Self::Snapshot(_) => "blockdev-snapshot",
             Self::SnapshotInternal(_) => "blockdev-snapshot-internal-sync",
             Self::SnapshotSync(_) => "blockdev-snapshot-sync",
@@ -206,6 +229,9 @@ impl<'de> Deserialize<'de> for TransactionAction {
             Some("blockdev-backup") => {
                 BlockdevBackup::deserialize(data).map(|backup| Self::Backup(Box::new(backup)))
             }
+            Some("blockdev-mirror") => Box::deserialize(data).map(Self::Mirror),
+            Some("drive-backup") => Box::deserialize(data).map(Self::DriveBackup),
+            Some("drive-mirror") => Box::deserialize(data).map(Self::DriveMirror),
             Some("blockdev-snapshot") => BlockdevSnapshot::deserialize(data).map(Self::Snapshot),
             Some("blockdev-snapshot-internal-sync") => {
                 BlockdevSnapshotInternal::deserialize(data).map(Self::SnapshotInternal)

@@ -163,8 +163,8 @@ impl Check {
                 .map(i128::from)
                 .or_else(|| number.as_u64().map(i128::from))
                 .filter(|value| fits(int, *value))
-                .ok_or_else(|| self.wrong_type("integer"))?,
-            _ => return Err(self.wrong_type("integer")),
+                .ok_or_else(|| self.no_integer(int))?,
+            _ => return Err(self.no_integer(int)),
         };
         let narrowed = |max: u32, what| match u32::try_from(wide) {
             Ok(value) if value <= max => Ok(Value::from(value)),
@@ -176,6 +176,16 @@ impl Check {
             // `fits` has bounded both; a negative unsigned number wraps, as in the peer.
             Int::I64 => Ok(Value::from(wide as i64)),
             Int::U64 | Int::Size => Ok(Value::from(wide as u64)),
+        }
+    }
+
+    /// A value that is no whole number: the peer has two texts for it.
+    fn no_integer(&self, int: Int) -> ArgumentError {
+        match (self.source, int) {
+            (Source::Json, Int::U64 | Int::U32 | Int::U16 | Int::Size) => {
+                ArgumentError::Expects(self.name(), "uint64")
+            }
+            _ => self.wrong_type("integer"),
         }
     }
 

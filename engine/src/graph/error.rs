@@ -73,6 +73,26 @@ pub enum GraphError {
     },
     /// The format cannot have a backing file.
     NoBackingSupport(String),
+    /// A backing node that has the node itself below it.
+    Cycle {
+        /// The backing node.
+        base: String,
+        /// The node.
+        node: String,
+    },
+    /// A job keeps the link to the backing node.
+    Frozen {
+        /// The node.
+        node: String,
+        /// Its backing node.
+        backing: String,
+    },
+    /// The node cannot become read-only: somebody writes it.
+    ReadWriteUsers(String),
+    /// A node above this one is active.
+    ActiveParent,
+    /// Somebody has the node.
+    CannotInactivate,
     /// What lies below the node was changed by a commit.
     Stale(String),
     /// Requests did not end within the deadline.
@@ -142,6 +162,26 @@ impl fmt::Display for GraphError {
             Self::NoBackingSupport(driver) => {
                 write!(f, "Driver '{driver}' does not support backing files")
             }
+            other => other.fmt_change(f),
+        }
+    }
+}
+
+impl GraphError {
+    /// The texts of changes of nodes that are in use.
+    fn fmt_change(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cycle { base, node } => {
+                write!(f, "Making '{base}' a backing child of '{node}' would create a cycle")
+            }
+            Self::Frozen { node, backing } => {
+                write!(f, "Cannot change frozen 'backing' link from '{node}' to '{backing}'")
+            }
+            Self::ReadWriteUsers(name) => {
+                write!(f, "Read-only block node '{name}' cannot support read-write users")
+            }
+            Self::ActiveParent => f.write_str("Node has active parent node"),
+            Self::CannotInactivate => f.write_str("Operation not permitted"),
             Self::Stale(name) => write!(
                 f,
                 "Node '{name}' cannot be used any more: a commit changed what lies below it"
@@ -151,6 +191,8 @@ impl fmt::Display for GraphError {
                 "Node '{node}' did not become idle within {waited_ms} ms: {in_flight} requests \
                  are still in flight; nothing was changed"
             ),
+            // Display has the others.
+            _ => Ok(()),
         }
     }
 }
@@ -168,6 +210,10 @@ impl From<GraphError> for Error {
             GraphError::InUse(_)
             | GraphError::BusyAsChild { .. }
             | GraphError::BusyWithJob { .. }
+            | GraphError::Frozen { .. }
+            | GraphError::ReadWriteUsers(_)
+            | GraphError::ActiveParent
+            | GraphError::CannotInactivate
             | GraphError::NotMonitorOwned(_) => ErrorKind::Busy,
             GraphError::NotIdle { .. } => ErrorKind::TimedOut,
             GraphError::Open { .. } | GraphError::Backing { .. } => ErrorKind::Io(libc::EIO),

@@ -245,7 +245,7 @@ impl Graph {
         spec.writable = false;
         spec.force_share = overlay.force_share;
         spec.bitmaps = overlay.bitmaps;
-        spec.options = overlay.options.clone();
+        spec.options = overlay.options;
         Ok(spec)
     }
 
@@ -448,12 +448,13 @@ impl Graph {
             name,
             format: Rc::new(Plain::new("file", storage.clone())),
             filename: filename.display().to_string(),
-            options: file.options.clone().unwrap_or_else(|| spec.options.clone()),
+            options: file.options.unwrap_or(spec.options),
             writable: spec.writable,
             monitor_owned: false,
             file: None,
             data: None,
             backing: None,
+            view: None,
         };
         let node = Node::new(self.core(), parts);
         self.insert(&node, Vec::new());
@@ -518,6 +519,7 @@ impl Graph {
             file: level.file,
             data: level.data,
             backing,
+            view: None,
         };
         let node = Node::new(self.core(), parts);
         node.adopt_bitmaps(level.bitmaps);

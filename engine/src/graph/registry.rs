@@ -11,7 +11,7 @@ use crate::executor::Core;
 use crate::executor::sync::Semaphore;
 use crate::format::{BackingRef, ReferencePolicy, Registry, ResolveReference, ResolvedReference};
 use crate::limits::{KNOWN_REFERENCES, NODE_NAME_MAX};
-use crate::node::{Node, NodeId, Permissions, User, UserGuard};
+use crate::node::{Node, NodeId, Permissions, Role, User, UserGuard};
 
 /// What a graph knows about the world around it.
 #[derive(Clone)]
@@ -189,6 +189,12 @@ impl Graph {
         self.nodes.borrow_mut().insert(node.id(), entry);
     }
 
+    /// Forgets node `id`; its uses of others end.
+    pub(super) fn take_out(&self, id: NodeId) {
+        let entry = self.nodes.borrow_mut().remove(&id);
+        drop(entry);
+    }
+
     /// Gives the uses that node `id` has of its children to `change`.
     pub(super) fn with_children(&self, id: NodeId, change: impl FnOnce(&mut Vec<UserGuard>)) {
         if let Some(entry) = self.nodes.borrow_mut().get_mut(&id) {
@@ -230,6 +236,10 @@ impl Graph {
             User::Data { node: parent } => {
                 let parent = parent.to_string();
                 GraphError::BusyAsChild { node: name, edge: "data-file", parent }
+            }
+            User::Filter { node: parent, role } => {
+                let edge = if role == Role::Source { "file" } else { "target" };
+                GraphError::BusyAsChild { node: name, edge, parent: parent.to_string() }
             }
             User::Job { kind, .. } => GraphError::BusyWithJob { node: name, kind: kind.into() },
         }

@@ -54,6 +54,7 @@ impl Disk {
     /// `Busy` if other users exclude what is wanted; `ReadOnly` if `writable` is asked of a
     /// read-only node.
     pub fn attach(node: &Rc<Node>, user: User, writable: bool) -> Result<Self> {
+        let node = &node.served();
         if writable && !node.is_writable() {
             return Err(Error::new(ErrorKind::ReadOnly, "attach").on(&node.name()));
         }

@@ -23,6 +23,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
 use super::path::Layer;
+use super::reads::ReadWatch;
 use crate::address::GuestRange;
 use crate::format::{Extents, Mapping};
 use crate::limits::{CHAIN_GRANULE, CHAIN_INDEX_BYTES};
@@ -57,15 +58,26 @@ pub(crate) struct ChainIndex {
 pub(crate) struct LayerState {
     writable: Cell<bool>,
     indexes: RefCell<Vec<Weak<ChainIndex>>>,
+    /// Who wants to know of reads of the layer.
+    watch: RefCell<Option<Rc<ReadWatch>>>,
 }
 
 impl LayerState {
     pub(crate) fn new(writable: bool) -> Rc<Self> {
-        Rc::new(Self { writable: Cell::new(writable), indexes: RefCell::default() })
+        let (writable, watch) = (Cell::new(writable), RefCell::default());
+        Rc::new(Self { writable, indexes: RefCell::default(), watch })
     }
 
     pub(crate) fn is_writable(&self) -> bool {
         self.writable.get()
+    }
+
+    pub(crate) fn watch(&self) -> Option<Rc<ReadWatch>> {
+        self.watch.borrow().clone()
+    }
+
+    pub(crate) fn set_watch(&self, watch: Rc<ReadWatch>) {
+        self.watch.replace(Some(watch));
     }
 
     /// To be called before the layer takes writes.

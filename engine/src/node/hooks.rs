@@ -6,7 +6,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use smallvec::SmallVec;
+
 use crate::address::GuestRange;
+use crate::buf::Buf;
 use crate::error::Result;
 use crate::format::LocalFuture;
 
@@ -23,13 +26,98 @@ pub trait WriteHook {
     /// After data and mapping, before the answer, also when the write failed half-way: everything
     /// in `range` may have changed.
     fn after_write(&self, range: GuestRange);
+
+    /// The data of `range` is about to go to the node: what runs beside it, started at once (a
+    /// mirror's write to its target). `None`: nothing, which is right for every hook that does not
+    /// look at the bytes. The bytes do not change until the copy has ended.
+    fn begin_copy(
+        self: Rc<Self>,
+        _range: GuestRange,
+        _content: WriteContent<'_>,
+    ) -> Option<Box<dyn WriteCopy>> {
+        None
+    }
+
+    /// Whether [`WriteHook::begin_copy`] will copy bytes: memory that a guest can still change is
+    /// copied before anybody looks at it then.
+    fn copies_bytes(&self) -> bool {
+        false
+    }
 }
+
+/// What a write brings to a node.
+#[derive(Clone, Copy, Debug)]
+pub enum WriteContent<'a> {
+    /// These bytes.
+    Bytes(&'a Buf),
+    /// Zeroes; `unmap` says that space may be given back.
+    Zeroes {
+        /// Whether space may be given back.
+        unmap: bool,
+    },
+    /// The guest does not need the data any more.
+    Discard,
+}
+
+/// A copy of one write that runs beside its data. The request is answered after both.
+///
+/// Order: [`WriteCopy::ended`] resolves, the post-hooks run, then [`WriteCopy::finish`], all under
+/// the node's claim. A copy whose request is gone with its engine is dropped without the last two.
+pub trait WriteCopy {
+    /// Resolves when the copy has ended, well or not, or is not waited for any more.
+    fn ended(&self) -> LocalFuture<'_, ()>;
+
+    /// The write to the node itself ended, `ok` or not.
+    fn finish(self: Box<Self>, ok: bool);
+}
+
+/// The copies of one write.
+pub(super) type Copies = SmallVec<[Box<dyn WriteCopy>; 1]>;
 
 /// Names an installed hook of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HookId(u64);
 
-type List = Rc<[(HookId, Rc<dyn WriteHook>)]>;
+/// The hooks that one request sees.
+#[derive(Clone)]
+pub(super) struct List(Rc<[(HookId, Rc<dyn WriteHook>)]>);
+
+impl List {
+    /// Runs the pre-hooks.
+    pub(super) async fn before(&self, range: GuestRange) -> Result<()> {
+        for (_, hook) in self.0.iter() {
+            if let Some(before) = hook.before_write(range) {
+                before.await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the bytes of a write are looked at twice.
+    pub(super) fn copies_bytes(&self) -> bool {
+        self.0.iter().any(|(_, hook)| hook.copies_bytes())
+    }
+
+    /// Starts what runs beside the data.
+    pub(super) fn begin_copies(&self, range: GuestRange, content: WriteContent<'_>) -> Copies {
+        let begin =
+            |(_, hook): &(HookId, Rc<dyn WriteHook>)| Rc::clone(hook).begin_copy(range, content);
+        self.0.iter().filter_map(begin).collect()
+    }
+
+    /// Waits for the copies, then runs the post-hooks.
+    pub(super) async fn after(&self, range: GuestRange, copies: Copies, ok: bool) {
+        for copy in &copies {
+            copy.ended().await;
+        }
+        for (_, hook) in self.0.iter() {
+            hook.after_write(range);
+        }
+        for copy in copies {
+            copy.finish(ok);
+        }
+    }
+}
 
 /// The hooks of a node, in order of installation.
 pub(crate) struct Hooks {
@@ -39,32 +127,32 @@ pub(crate) struct Hooks {
 
 impl Hooks {
     pub(crate) fn new() -> Self {
-        Self { list: RefCell::new(Rc::new([])), next: Cell::new(0) }
+        Self { list: RefCell::new(List(Rc::new([]))), next: Cell::new(0) }
     }
 
     pub(crate) fn add(&self, hook: Rc<dyn WriteHook>) -> HookId {
         let id = HookId(self.next.get());
         self.next.set(id.0 + 1);
-        let mut list = self.list.borrow().to_vec();
+        let mut list = self.list.borrow().0.to_vec();
         list.push((id, hook));
-        *self.list.borrow_mut() = list.into();
+        *self.list.borrow_mut() = List(list.into());
         id
     }
 
     pub(crate) fn remove(&self, id: HookId) {
-        let mut list = self.list.borrow().to_vec();
+        let mut list = self.list.borrow().0.to_vec();
         list.retain(|(known, _)| *known != id);
-        *self.list.borrow_mut() = list.into();
+        *self.list.borrow_mut() = List(list.into());
     }
 
     /// The hooks now; a request keeps the list it began with.
-    pub(crate) fn current(&self) -> List {
-        Rc::clone(&self.list.borrow())
+    pub(super) fn current(&self) -> List {
+        self.list.borrow().clone()
     }
 }
 
 impl std::fmt::Debug for Hooks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Hooks({})", self.list.borrow().len())
+        write!(f, "Hooks({})", self.list.borrow().0.len())
     }
 }

@@ -6,13 +6,16 @@
 //!    their attachment points to;
 //! 3. node claim on the byte range, in order of arrival;
 //! 4. pre-hooks (copy-before-write, durable intent), which may wait;
-//! 5. data: copy-on-write fill and the bytes themselves;
+//! 5. data: copy-on-write fill and the bytes themselves, and beside them what hooks do with the
+//!    same bytes (an active mirror's target); memory that a guest can still change is copied first;
 //! 6. mapping: the format's guard is completed;
 //! 7. post-hooks and named dirty bitmaps, synchronous, also after a failure;
 //! 8. claim released, answer.
 //!
 //! A request is a task of its node: callers hold a receipt, and dropping it cancels nothing.
 
+mod account;
+mod active;
 mod attachment;
 mod bitmap_error;
 mod bitmap_follow;
@@ -28,28 +31,33 @@ mod object;
 mod packed;
 mod path;
 mod plain;
+mod reads;
 mod request;
 mod resize;
 mod status;
 mod transfer;
 mod users;
+mod view;
 mod writers;
 
+pub use account::{NodeStats, WorkStats};
 pub use attachment::Disk;
 pub use bitmap_error::BitmapError;
 pub use bitmap_hold::BitmapHold;
 pub use bitmap_verbs::BitmapSources;
 pub use bitmaps::{BitmapAccess, BitmapFacts, NewBitmap, NodeBitmap};
 pub use chain::ChainStats;
-pub use hooks::{HookId, WriteHook};
+pub use hooks::{HookId, WriteContent, WriteCopy, WriteHook};
 pub use map::MapExtent;
-pub use object::{Node, NodeId, NodeOptions};
+pub use object::{DetectZeroes, Node, NodeId, NodeOptions};
 pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
 pub use status::{StatusExtent, StatusKind};
 pub use users::{Conflict, Permissions, Role, User, UserGuard};
+pub use view::View;
 pub use writers::KeptWritable;
 
 pub(crate) use bitmaps::LoadedBitmap;
 pub(crate) use object::NodeParts;
 pub(crate) use path::Path;
 pub(crate) use plain::Plain;
+pub(crate) use view::ViewFormat;

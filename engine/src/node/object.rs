@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
+use super::account::Account;
 use super::attachment::Attachment;
 use super::bitmaps::NodeBitmaps;
 use super::chain::{ChainStats, LayerState};
@@ -10,6 +11,7 @@ use super::gate::Gate;
 use super::hooks::{HookId, Hooks, WriteHook};
 use super::path::{Layer, Path};
 use super::users::Users;
+use super::view::View;
 use crate::buf::Buf;
 use crate::error::Result;
 use crate::executor::{Core, JoinHandle};
@@ -18,14 +20,26 @@ use crate::node::map::MapExtent;
 use crate::node::request::{self, Origin, Receipt, WriteFlags, ZeroFlags};
 use crate::node::status::StatusExtent;
 use crate::ranges::RangeLocks;
-use crate::storage::{LockRequest, Storage};
+use crate::storage::{LockRequest, Storage, WriteWatch};
 
 /// Names a node for good; never reused within an engine core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u64);
 
+/// Whether writes of zeroes are turned into requests that write zeroes (QMP `detect-zeroes`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// Data is written as it is.
+    #[default]
+    Off,
+    /// Zeroes are written as zeroes.
+    On,
+    /// Zeroes are written as zeroes and may give space back where discards may.
+    Unmap,
+}
+
 /// Options of a node that requests and queries look at.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NodeOptions {
     /// Pass discards on (QMP `discard=unmap`); otherwise they succeed without effect.
     pub discard_unmap: bool,
@@ -33,6 +47,8 @@ pub struct NodeOptions {
     pub direct: bool,
     /// Ignore flushes (QMP `cache.no-flush`).
     pub no_flush: bool,
+    /// What becomes of writes of zeroes.
+    pub detect_zeroes: DetectZeroes,
 }
 
 /// What a node is made of.
@@ -47,6 +63,8 @@ pub(crate) struct NodeParts {
     pub(crate) file: Option<Rc<Node>>,
     pub(crate) data: Option<Rc<Node>>,
     pub(crate) backing: Option<Rc<Node>>,
+    /// What it is if it holds no image.
+    pub(crate) view: Option<Rc<dyn View>>,
 }
 
 /// An open image (or protocol file) in the graph of its home core.
@@ -56,10 +74,12 @@ pub struct Node {
     name: Rc<str>,
     layer: Layer,
     filename: RefCell<String>,
-    options: NodeOptions,
+    options: Cell<NodeOptions>,
     monitor_owned: Cell<bool>,
     /// What its users asked for; jobs may keep it writable meanwhile.
     pub(super) asked_writable: Cell<bool>,
+    /// The image belongs to another process.
+    pub(super) inactive: Cell<bool>,
     /// Jobs that keep it writable.
     pub(super) writers: Cell<u32>,
     /// What lies below was changed: its content means nothing any more.
@@ -67,11 +87,14 @@ pub struct Node {
     file: RefCell<Option<Rc<Node>>>,
     data: RefCell<Option<Rc<Node>>>,
     backing: RefCell<Option<Rc<Node>>>,
+    pub(super) view: Option<Rc<dyn View>>,
     path: RefCell<Rc<Path>>,
     pub(super) gate: Rc<Gate>,
     pub(super) claims: Rc<RangeLocks>,
     pub(super) hooks: Hooks,
     pub(super) bitmaps: NodeBitmaps,
+    pub(super) watch: Rc<WriteWatch>,
+    pub(super) account: Account,
     pub(super) users: Users,
     pub(super) attachments: RefCell<Vec<Weak<Attachment>>>,
 }
@@ -87,19 +110,23 @@ impl Node {
             name: parts.name,
             layer,
             filename: RefCell::new(parts.filename),
-            options: parts.options,
+            options: Cell::new(parts.options),
             monitor_owned: Cell::new(parts.monitor_owned),
             asked_writable: Cell::new(parts.writable),
+            inactive: Cell::new(false),
             writers: Cell::new(0),
             stale: Cell::new(false),
             file: RefCell::new(parts.file),
             data: RefCell::new(parts.data),
             backing: RefCell::new(parts.backing),
+            view: parts.view,
             path: RefCell::new(path),
             gate: Gate::new(core),
             claims: RangeLocks::new(core),
             hooks: Hooks::new(),
             bitmaps: NodeBitmaps::default(),
+            watch: Rc::default(),
+            account: Account::default(),
             users: Users::default(),
             attachments: RefCell::default(),
         })
@@ -155,9 +182,28 @@ impl Node {
         self.layer.format.info()
     }
 
-    /// The node's options.
-    pub fn options(&self) -> &NodeOptions {
-        &self.options
+    /// The node's options, now.
+    pub fn options(&self) -> NodeOptions {
+        self.options.get()
+    }
+
+    /// Changes the options for requests that begin from now on. `direct` only tells what the file
+    /// was opened with.
+    pub fn set_options(&self, options: NodeOptions) {
+        self.options.set(options);
+    }
+
+    /// How far the node was written; that of the file where the node is the file.
+    pub fn write_watch(&self) -> Rc<WriteWatch> {
+        match self.format().data_storage() {
+            Storage::File(file) if self.is_protocol() => Rc::clone(file.watch()),
+            _ => Rc::clone(&self.watch),
+        }
+    }
+
+    /// Whether the node is a file of the host and no image in one.
+    pub fn is_protocol(&self) -> bool {
+        self.driver() == "file"
     }
 
     /// The image itself.
@@ -167,6 +213,9 @@ impl Node {
 
     /// Whether the image takes writes.
     pub fn is_writable(&self) -> bool {
+        if let Some(below) = self.filtered() {
+            return below.is_writable();
+        }
         self.layer.state.is_writable()
     }
 
@@ -209,7 +258,15 @@ impl Node {
     }
 
     pub(crate) fn path(&self) -> Rc<Path> {
-        Rc::clone(&self.path.borrow())
+        match self.filtered() {
+            Some(below) => below.path(),
+            None => Rc::clone(&self.path.borrow()),
+        }
+    }
+
+    /// The state of the node's own layer, which all paths through it share.
+    pub(super) fn layer_state(&self) -> &Rc<LayerState> {
+        &self.layer.state
     }
 
     /// What reads through the chain below have cost so far; zeroes where there is at most one layer
@@ -381,7 +438,16 @@ impl Node {
         offset: u64,
         len: u64,
     ) -> JoinHandle<Result<Vec<StatusExtent>>> {
-        request::block_status(Rc::clone(self), offset, len)
+        request::block_status(Rc::clone(self), offset, len, Origin::External)
+    }
+
+    /// As [`Node::block_status`], past the gate: for somebody whom a drain may wait for.
+    pub fn derived_status(
+        self: &Rc<Self>,
+        offset: u64,
+        len: u64,
+    ) -> JoinHandle<Result<Vec<StatusExtent>>> {
+        request::block_status(Rc::clone(self), offset, len, Origin::Derived)
     }
 
     /// Where the range lies on the host; runs cover it in order.

@@ -3,7 +3,7 @@
 //! Guest requests never walk the graph. A path is immutable; a change of the chain compiles a new
 //! one, and requests in flight finish on the old one, which keeps its layers alive.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::{Rc, Weak};
 
 use super::chain::{ChainIndex, LayerState};
@@ -24,6 +24,8 @@ pub(crate) struct Path {
     below: Option<Rc<ChainIndex>>,
     /// Of all layers, made for the first overlay.
     whole: OnceCell<Option<Rc<ChainIndex>>>,
+    /// Whether reads of one of the layers are watched.
+    watched: Cell<bool>,
     /// Rung when the last request on this path is over, once another one took its place.
     retired: RefCell<Weak<Notify>>,
 }
@@ -37,7 +39,20 @@ impl Path {
         }
         let below = below.and_then(|below| below.whole());
         let whole = OnceCell::new();
-        Rc::new(Self { layers: layers.into(), below, whole, retired: RefCell::default() })
+        let (watched, retired) = (Cell::new(false), RefCell::default());
+        let path = Rc::new(Self { layers: layers.into(), below, whole, watched, retired });
+        path.look_for_watches();
+        path
+    }
+
+    /// Finds out whether reads of one of the layers are watched.
+    pub(super) fn look_for_watches(&self) {
+        self.watched.set(self.layers.iter().any(|layer| layer.state.watch().is_some()));
+    }
+
+    /// Whether reads of one of the layers are watched.
+    pub(super) fn is_watched(&self) -> bool {
+        self.watched.get()
     }
 
     /// Another path took its place: `ring` is rung when nobody uses this one any more.

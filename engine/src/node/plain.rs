@@ -108,7 +108,14 @@ impl Format for Plain {
     }
 
     fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>> {
-        Box::pin(async move { if writable { Ok(()) } else { self.storage.flush().await } })
+        Box::pin(async move {
+            if writable {
+                // Others may have changed it meanwhile.
+                self.size.set(self.storage.size());
+                return Ok(());
+            }
+            self.storage.flush().await
+        })
     }
 
     fn info(&self) -> ImageInfo {

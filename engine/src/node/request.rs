@@ -3,15 +3,17 @@
 
 use std::rc::Rc;
 
+use super::account::{Counting, Work};
 use super::attachment::Attachment;
 use super::gate::Pass;
+use super::hooks::WriteContent;
 use super::map::{self, MapExtent};
-use super::object::Node;
+use super::object::{DetectZeroes, Node};
 use super::packed;
 use super::status::{self, StatusExtent};
 use super::transfer;
 use crate::address::GuestRange;
-use crate::buf::Buf;
+use crate::buf::{Buf, Pool};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{Class, JoinHandle};
 use crate::format::ZeroMode;
@@ -65,8 +67,9 @@ pub(super) struct Admitted {
 impl Target {
     pub(super) async fn admit(self) -> Admitted {
         match self {
-            Self::Node(node, Origin::Derived) => Admitted { node, _pass: None },
+            Self::Node(node, Origin::Derived) => Admitted { node: node.served(), _pass: None },
             Self::Node(node, Origin::External) => loop {
+                let node = node.served();
                 if let Some(pass) = node.gate.try_pass() {
                     return Admitted { node, _pass: Some(pass) };
                 }
@@ -112,9 +115,19 @@ pub(super) fn start_read(
     core.spawn(Class::Guest, async move {
         let admitted = target.admit().await;
         let node = &admitted.node;
+        let mut counting = Counting::admitted(node, Work::Read, buf.len() as u64);
         let range = checked(node, offset, buf.len() as u64, "read")?;
+        counting.begun();
+        if let Some(view) = node.view() {
+            let read = Rc::clone(view).read(range, buf);
+            read.await.map_err(|error| error.on(&node.name()))?;
+            counting.done();
+            return Ok(());
+        }
         let path = node.path();
-        transfer::read(&path, 0, range, &buf).await.map_err(|error| error.on(&node.name()))
+        transfer::read(&path, 0, range, &buf).await.map_err(|error| error.on(&node.name()))?;
+        counting.done();
+        Ok(())
     })
 }
 
@@ -128,43 +141,67 @@ pub(super) fn start_write(
     core.spawn(Class::Guest, async move {
         let admitted = target.admit().await;
         let node = &admitted.node;
+        let mut counting = Counting::admitted(node, Work::Write, buf.len() as u64);
         let range = checked_write(node, offset, buf.len() as u64, "write")?;
+        counting.begun();
         if range.is_empty() {
+            counting.done();
             return Ok(());
         }
+        node.watch.note(offset, range.len);
         let path = node.path();
         let pool = node.core().pool();
         // Only where data alone is the whole truth can the data write itself be made durable.
         let in_place = path.top().format.cluster_size() == 1 && !node.options().no_flush;
-        let data_fua = flags.fua && in_place;
         let claim = node.claims.claim(range);
         claim.held().await;
         let hooks = node.hooks.current();
-        for (_, hook) in hooks.iter() {
-            if let Some(before) = hook.before_write(range) {
-                before.await?;
-            }
-        }
+        hooks.before(range).await?;
+        let buf = if hooks.copies_bytes() { stable(pool, buf) } else { buf };
+        // What is looked at here is what is copied.
+        let zeroes = zeroes_found(node, &buf, flags);
+        let data_fua = flags.fua && in_place && zeroes.is_none();
         #[cfg(feature = "planted-bugs")]
         let claim =
             (!crate::planted::has(node.core(), crate::planted::Planted::ClaimReleasedEarly))
                 .then_some(claim);
-        let result = if flags.compressed {
-            packed::write(&path, pool, range, &buf).await
-        } else {
-            transfer::write(&path, pool, range, &buf, data_fua).await
+        let copies = hooks.begin_copies(range, WriteContent::Bytes(&buf));
+        let result = match zeroes {
+            Some(mode) => transfer::zero(&path, pool, range, mode, false).await,
+            None if flags.compressed => packed::write(&path, pool, range, &buf).await,
+            None => transfer::write(&path, pool, range, &buf, data_fua).await,
         };
-        for (_, hook) in hooks.iter() {
-            hook.after_write(range);
-        }
+        hooks.after(range, copies, result.is_ok()).await;
         node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
-        if flags.fua && !in_place {
+        if flags.fua && !data_fua {
             flush_node(node).await?;
         }
+        counting.done();
         Ok(())
     })
+}
+
+/// The same bytes in memory that nobody else changes.
+fn stable(pool: &Pool, buf: Buf) -> Buf {
+    if buf.is_stable() {
+        return buf;
+    }
+    let copy = pool.alloc(buf.len());
+    copy.copy_from_buf(&buf);
+    copy
+}
+
+/// How a write is done as one of zeroes, where the node is to find them.
+fn zeroes_found(node: &Node, buf: &Buf, flags: WriteFlags) -> Option<ZeroMode> {
+    let options = node.options();
+    let mode = match options.detect_zeroes {
+        DetectZeroes::Off => return None,
+        DetectZeroes::Unmap if options.discard_unmap => ZeroMode::Unmap,
+        DetectZeroes::On | DetectZeroes::Unmap => ZeroMode::Keep,
+    };
+    (!flags.compressed && buf.is_zero()).then_some(mode)
 }
 
 pub(super) fn start_zero(
@@ -179,35 +216,52 @@ pub(super) fn start_zero(
     core.spawn(Class::Guest, async move {
         let admitted = target.admit().await;
         let node = &admitted.node;
+        let work = if mode == ZeroMode::Discard { Work::Unmap } else { Work::Write };
+        let mut counting = Counting::admitted(node, work, len);
         let range = checked_write(node, offset, len, op)?;
+        counting.begun();
         let unmap = node.options().discard_unmap;
+        if let (Some(view), ZeroMode::Discard, true) = (node.view(), mode, unmap) {
+            let discard = Rc::clone(view).discard(range);
+            discard.await.map_err(|error| error.on(&node.name()))?;
+            counting.done();
+            return Ok(());
+        }
         let mode = match mode {
-            ZeroMode::Discard if !unmap => return Ok(()),
+            ZeroMode::Discard if !unmap => {
+                counting.done();
+                return Ok(());
+            }
             ZeroMode::Unmap if !unmap => ZeroMode::Keep,
             mode => mode,
         };
         if range.is_empty() {
+            counting.done();
             return Ok(());
+        }
+        if mode != ZeroMode::Discard {
+            node.watch.note(offset, len);
         }
         let path = node.path();
         let claim = node.claims.claim(range);
         claim.held().await;
         let hooks = node.hooks.current();
-        for (_, hook) in hooks.iter() {
-            if let Some(before) = hook.before_write(range) {
-                before.await?;
-            }
-        }
+        hooks.before(range).await?;
+        let content = match mode {
+            ZeroMode::Keep => WriteContent::Zeroes { unmap: false },
+            ZeroMode::Unmap => WriteContent::Zeroes { unmap: true },
+            ZeroMode::Discard => WriteContent::Discard,
+        };
+        let copies = hooks.begin_copies(range, content);
         let result = transfer::zero(&path, node.core().pool(), range, mode, flags.fast).await;
-        for (_, hook) in hooks.iter() {
-            hook.after_write(range);
-        }
+        hooks.after(range, copies, result.is_ok()).await;
         node.bitmaps.record(range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
         if flags.fua {
             flush_node(node).await?;
         }
+        counting.done();
         Ok(())
     })
 }
@@ -215,7 +269,11 @@ pub(super) fn start_zero(
 pub(super) fn start_flush(target: Target, core: &crate::executor::Core) -> Receipt {
     core.spawn(Class::Guest, async move {
         let admitted = target.admit().await;
-        flush_node(&admitted.node).await
+        let mut counting = Counting::admitted(&admitted.node, Work::Flush, 0);
+        counting.begun();
+        flush_node(&admitted.node).await?;
+        counting.done();
+        Ok(())
     })
 }
 
@@ -236,6 +294,10 @@ pub(super) fn start_status(
         let admitted = target.admit().await;
         let node = &admitted.node;
         let range = checked(node, offset, len, "get block status")?;
+        if let Some(view) = node.view() {
+            let status = Rc::clone(view).status(range);
+            return status.await.map_err(|error| error.on(&node.name()));
+        }
         let path = node.path();
         status::status(&path, range).await.map_err(|error| error.on(&node.name()))
     })
@@ -284,9 +346,10 @@ pub(super) fn block_status(
     node: Rc<Node>,
     offset: u64,
     len: u64,
+    origin: Origin,
 ) -> JoinHandle<Result<Vec<StatusExtent>>> {
     let core = node.core().clone();
-    start_status(Target::Node(node, Origin::External), &core, offset, len)
+    start_status(Target::Node(node, origin), &core, offset, len)
 }
 
 pub(super) fn map(node: Rc<Node>, offset: u64, len: u64) -> JoinHandle<Result<Vec<MapExtent>>> {

@@ -46,6 +46,7 @@ struct Reads {
 
 /// Reads `range` as seen from layer `from` of the path into `buf` (of the same length).
 pub(crate) async fn read(path: &Path, from: usize, range: GuestRange, buf: &Buf) -> Result<()> {
+    let _watched = path.watch_read(range);
     let mut reads = Reads::default();
     let mut result = Ok(());
     descend(path, Todo { range, at: 0, layer: from }, &mut reads.todo);

@@ -38,9 +38,10 @@ impl Permissions {
         Self { perm: Self::CONSISTENT_READ | write, shared: Self::ALL & !Self::RESIZE }
     }
 
-    /// An overlay's use of its backing node: nobody may change the content.
+    /// An overlay's use of its backing node. As in the peer others may write it as long as the
+    /// overlay's own users do not mind (fleecing: the overlay keeps what is overwritten below).
     pub const fn of_overlay() -> Self {
-        Self { perm: Self::CONSISTENT_READ, shared: Self::CONSISTENT_READ | Self::WRITE_UNCHANGED }
+        Self { perm: Self::CONSISTENT_READ, shared: Self::ALL & !Self::RESIZE }
     }
 
     /// A use that needs nothing and tolerates everything: an overlay that nobody reads, or one that
@@ -73,7 +74,7 @@ pub enum Role {
 pub enum User {
     /// A front door or an embedder, by name.
     Guest {
-        /// The export's id, or what the embedder calls itself.
+        /// The export's id, or what the embedder calls itself; empty for a command's own use.
         name: Rc<str>,
     },
     /// The node called `node` has it as its backing node.
@@ -90,6 +91,13 @@ pub enum User {
     Data {
         /// The format node's name.
         node: Rc<str>,
+    },
+    /// The filter node called `node` stands above it, or writes to it.
+    Filter {
+        /// The filter's name.
+        node: Rc<str>,
+        /// What it does with the node.
+        role: Role,
     },
     /// A job.
     Job {
@@ -110,6 +118,8 @@ impl User {
             Self::Overlay { .. } => "backing",
             Self::Format { .. } => "file",
             Self::Data { .. } => "data-file",
+            Self::Filter { role: Role::Target, .. } => "target",
+            Self::Filter { .. } => "file",
             Self::Job { role: Role::Source, .. } => "main node",
             Self::Job { role: Role::Target, .. } => "target",
             Self::Job { role: Role::Between, .. } => "intermediate node",
@@ -120,8 +130,12 @@ impl User {
 impl fmt::Display for User {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Guest { name } if name.is_empty() => f.write_str("an unnamed block device"),
             Self::Guest { name } => write!(f, "block device '{name}'"),
-            Self::Overlay { node } | Self::Format { node } | Self::Data { node } => {
+            Self::Overlay { node }
+            | Self::Format { node }
+            | Self::Data { node }
+            | Self::Filter { node, .. } => {
                 write!(f, "node '{node}'")
             }
             Self::Job { id, .. } => write!(f, "block job '{id}'"),

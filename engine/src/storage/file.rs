@@ -17,6 +17,7 @@ use std::task::{Context, Poll};
 
 use super::StorageExtent;
 use super::lock::{LockRequest, Locks};
+use super::watch::WriteWatch;
 use crate::address::GuestRange;
 use crate::buf::Buf;
 use crate::driver::{FallocateMode, FileFacts, FsOp, FsOutcome, Handle, OpKind, OpenSpec};
@@ -61,6 +62,19 @@ pub struct File {
     /// Set when the file system refused to punch holes or zero ranges.
     no_punch: Cell<bool>,
     no_zero_range: Cell<bool>,
+    watch: Rc<WriteWatch>,
+    discards: Cell<DiscardStats>,
+}
+
+/// Discards of a file since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiscardStats {
+    /// Discards that gave space back.
+    pub done: u64,
+    /// Discards that failed.
+    pub failed: u64,
+    /// Bytes given back.
+    pub bytes: u64,
 }
 
 #[derive(Debug)]
@@ -158,6 +172,8 @@ impl File {
             locks,
             no_punch: Cell::new(false),
             no_zero_range: Cell::new(false),
+            watch: Rc::default(),
+            discards: Cell::default(),
         }))
     }
 
@@ -253,6 +269,28 @@ impl File {
                 && buf.is_aligned(self.facts.memory_align))
     }
 
+    /// How far the file was written since it was opened.
+    pub fn watch(&self) -> &Rc<WriteWatch> {
+        &self.watch
+    }
+
+    /// Looks at the size again, after others may have written the file.
+    ///
+    /// # Errors
+    /// What the system reports.
+    pub async fn look_again(&self) -> Result<()> {
+        let found = super::paths::stat(&self.core, &self.path).await?;
+        if found.identity == self.facts.identity && !found.block_device {
+            self.size.set(found.size);
+        }
+        Ok(())
+    }
+
+    /// The discards since it was opened.
+    pub fn discards(&self) -> DiscardStats {
+        self.discards.get()
+    }
+
     /// See [`super::Storage::read`].
     pub fn read(self: &Rc<Self>, offset: u64, buf: Buf) -> IoFuture {
         if buf.is_empty() {
@@ -271,6 +309,7 @@ impl File {
         if buf.is_empty() {
             return IoFuture::ready(Ok(()));
         }
+        self.watch.note(offset, buf.len() as u64);
         if self.facts.align <= 1 {
             return IoFuture::start(self, Direction::Write { fua }, offset, buf);
         }
@@ -393,6 +432,7 @@ impl File {
         if len == 0 {
             return Ok(());
         }
+        self.watch.note(offset, len);
         let inside = self.size.get().saturating_sub(offset).min(len);
         if inside > 0 {
             self.zero_inside(offset, inside, unmap).await?;
@@ -456,7 +496,17 @@ impl File {
         if inside == 0 {
             return Ok(true);
         }
-        self.punch(offset, inside).await
+        let punched = self.punch(offset, inside).await;
+        let mut discards = self.discards.get();
+        match &punched {
+            Ok(true) => {
+                discards.done += 1;
+                discards.bytes = discards.bytes.saturating_add(inside);
+            }
+            _ => discards.failed += 1,
+        }
+        self.discards.set(discards);
+        punched
     }
 
     /// See [`super::Storage::allocate`].

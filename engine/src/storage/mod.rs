@@ -9,9 +9,11 @@ mod lock;
 mod memory;
 mod paths;
 mod place;
+mod watch;
 
-pub use file::{File, FileOptions, IoFuture};
+pub use file::{DiscardStats, File, FileOptions, IoFuture};
 pub use lock::LockRequest;
 pub use memory::{Memory, Traffic};
 pub use paths::{PathFacts, rename, stat, sync_folder_of, unlink};
 pub use place::{Storage, StorageExtent};
+pub use watch::{Exceeded, Tell, WriteWatch};

@@ -39,7 +39,7 @@ pub struct ContextOffer {
     /// Whether it tells how deep in the chain bytes are allocated.
     pub depth: bool,
     /// The dirty bitmaps that it shows.
-    pub bitmaps: Rc<[BitmapHold]>,
+    pub bitmaps: Rc<[Rc<BitmapHold>]>,
 }
 
 impl Context {

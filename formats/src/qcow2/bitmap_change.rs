@@ -190,7 +190,10 @@ impl Image {
         let mut list = self.bitmaps.borrow().list.clone();
         match at.and_then(|at| list.get_mut(at)) {
             Some(known) => *known = bitmap,
-            None => list.push(bitmap),
+            None => {
+                let before = list.iter().position(|known| known.fresh && bitmap.fresh);
+                list.insert(before.unwrap_or(list.len()), bitmap);
+            }
         }
         list
     }
@@ -236,7 +239,8 @@ impl Image {
         // No write begins before the file says whether the bitmap is in use.
         let _held = self.hold_writes();
         let live = self.start_recording(enabled && kept.is_none(), granularity);
-        let marked = live.is_some() || kept.is_some();
+        let fresh = kept.is_some();
+        let marked = live.is_some() || fresh;
         let flags = if enabled { AUTO } else { 0 } | if marked { IN_USE } else { 0 };
         let mut stored = Stored {
             name: name.into_bytes(),
@@ -252,7 +256,7 @@ impl Image {
         }
         let built = self.new_table(&mut stored, &RefCell::new(bits), &mut change).await;
         let at = old.map(|(at, _)| at);
-        let list = built.map(|()| self.list_with(at, Bitmap { stored, live, kept }));
+        let list = built.map(|()| self.list_with(at, Bitmap { stored, live, kept, fresh }));
         self.conclude(list, change).await
     }
 
@@ -283,7 +287,8 @@ impl Image {
         let mut change = Change::default();
         self.free_bitmap(&stored, &mut change).await;
         let built = self.new_table(&mut stored, &bits, &mut change).await;
-        let list = built.map(|()| self.list_with(Some(at), Bitmap { stored, live, kept: None }));
+        let list = built
+            .map(|()| self.list_with(Some(at), Bitmap { stored, live, kept: None, fresh: false }));
         self.conclude(list, change).await
     }
 
@@ -300,7 +305,7 @@ impl Image {
             let _held = self.hold_writes();
             let live = self.start_recording(true, stored.granularity());
             stored.flags |= AUTO | if live.is_some() { IN_USE } else { 0 };
-            let list = self.list_with(Some(at), Bitmap { stored, live, kept: None });
+            let list = self.list_with(Some(at), Bitmap { stored, live, kept: None, fresh: false });
             return self.conclude(Ok(list), change).await;
         }
         let built = match &live {
@@ -308,8 +313,9 @@ impl Image {
             None => Ok(()),
         };
         stored.flags &= !(AUTO | IN_USE);
-        let list =
-            built.map(|()| self.list_with(Some(at), Bitmap { stored, live: None, kept: None }));
+        let list = built.map(|()| {
+            self.list_with(Some(at), Bitmap { stored, live: None, kept: None, fresh: false })
+        });
         self.conclude(list, change).await
     }
 
@@ -336,7 +342,8 @@ impl Image {
         };
         let mut change = Change::default();
         let built = self.merged_table(&mut stored, &RefCell::new(bits), &mut change).await;
-        let list = built.map(|()| self.list_with(Some(at), Bitmap { stored, live, kept: None }));
+        let list = built
+            .map(|()| self.list_with(Some(at), Bitmap { stored, live, kept: None, fresh: false }));
         self.conclude(list, change).await
     }
 }

@@ -55,6 +55,7 @@ impl Image {
             bitmaps.list.clone()
         };
         self.state.borrow().check_writable()?;
+        list.iter_mut().for_each(|bitmap| bitmap.fresh = false);
         let mut change = Change::default();
         let mut kept = Vec::new();
         for bitmap in list.iter_mut().filter(|bitmap| bitmap.is_behind()) {

@@ -42,6 +42,8 @@ pub(super) struct Bitmap {
     pub(super) live: Option<Live>,
     /// Who has the bits and records, if it is not this image.
     pub(super) kept: Option<Rc<dyn KeptBitmap>>,
+    /// Made since the bitmaps were stored: the newest of these comes first, as for the peer.
+    pub(super) fresh: bool,
 }
 
 impl Bitmap {
@@ -186,7 +188,7 @@ impl Image {
             let same = known.iter().find(|bitmap| bitmap.stored.name == stored.name);
             let kept = same.and_then(|bitmap| bitmap.kept.clone());
             let kept = kept.filter(|_| !stored.is_in_use() && !stored.is_foreign());
-            Bitmap { stored, live: None, kept }
+            Bitmap { stored, live: None, kept, fresh: false }
         };
         bitmaps.list = list.into_iter().map(bitmap).collect();
         bitmaps.place = Some(place);
@@ -317,7 +319,7 @@ impl Image {
         let size = self.state.borrow().header.size;
         let mut records: BTreeMap<u32, Live> = BTreeMap::new();
         for bitmap in bitmaps.list.iter_mut().filter(|bitmap| which(bitmap)) {
-            let Bitmap { stored, live, kept } = bitmap;
+            let Bitmap { stored, live, kept, .. } = bitmap;
             stored.flags |= IN_USE;
             if !stored.is_foreign() && kept.is_none() {
                 let record = records.entry(stored.granularity_bits).or_insert_with(|| {

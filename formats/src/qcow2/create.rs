@@ -167,7 +167,7 @@ pub async fn create_with_data(
             return Err(Reason::Create(CreateReason::DataFileMissing));
         }
         let plan = Plan::new(geometry, &options);
-        let first = first_cluster(&plan, &options)?;
+        let first = first_cluster(&plan, &options).map_err(|reason| unfit(reason, &options))?;
         Ok((plan, first))
     });
     let (plan, first) = prepared.map_err(|reason| reason.error("create").on(storage.name()))?;
@@ -304,6 +304,18 @@ impl New<'_> {
 
 fn part_of(buf: &Buf, len: usize) -> Buf {
     if len == buf.len() { buf.clone() } else { buf.slice(0..len) }
+}
+
+/// What a header that cannot hold the backing file's name is called when it is made.
+fn unfit(reason: Reason, options: &CreateOptions) -> Reason {
+    let full = matches!(reason, Reason::HeaderFull);
+    match &options.backing {
+        Some(backing) if full || matches!(reason, Reason::BackingName) => {
+            let (file, format) = (backing.file.clone(), backing.format.clone());
+            Reason::Create(CreateReason::Backing { file, format, full })
+        }
+        _ => reason,
+    }
 }
 
 /// The bytes of the first cluster: header, extensions, backing name.

@@ -132,6 +132,9 @@ impl CreateOptions {
             external: self.data_file.is_some(),
             slice_bits: 0,
         };
+        if i64::try_from(self.size).is_err() {
+            return Err(Reason::Create(CreateReason::Negative));
+        }
         if geometry.l1_entries(self.size).saturating_mul(ENTRY_BYTES) > L1_BYTES_MAX {
             return Err(Reason::Create(CreateReason::TooLarge));
         }

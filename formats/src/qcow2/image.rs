@@ -29,6 +29,7 @@ use super::room::Room;
 use super::snapshot::Snapshots;
 use super::snapshot_view::Views;
 use super::state::{Health, Miss, State};
+use super::tuning::Tuning;
 use crate::reason::Reason;
 
 /// An open image.
@@ -196,6 +197,7 @@ impl Format for Qcow2 {
         Abilities {
             compress: (!external).then(packer),
             snapshots: Some(snapshots),
+            options: Some(Rc::new(Tuning(Rc::clone(&self.0)))),
             bitmaps: Some(Rc::new(Handle(Rc::clone(&self.0)))),
         }
     }

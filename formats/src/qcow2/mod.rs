@@ -73,6 +73,7 @@ mod state;
 mod subcluster;
 mod switch;
 mod tables;
+mod tuning;
 mod unpack;
 mod write;
 mod zero;

@@ -8,7 +8,7 @@ use liveblk_engine::node::{Origin, WriteFlags, ZeroFlags};
 
 use super::state::{Copy, Flight};
 use crate::error::JobError;
-use crate::event::{Action, Operation};
+use crate::event::{Action, Kind, Operation};
 use crate::limits::{RETRY_DELAY_NS, UNIT_DISK};
 use crate::region::Region;
 
@@ -34,8 +34,11 @@ impl Copy {
         if run.zero {
             run.region.read_done();
             if self.put(&run, range, Content::Zeroes(range.len)).await {
+                self.note_landed(range);
                 drop(run);
                 flight.landed();
+            } else {
+                self.not_done(&run);
             }
             return;
         }
@@ -57,11 +60,24 @@ impl Copy {
             let content =
                 if bytes.is_zero() { Content::Zeroes(piece.len) } else { Content::Bytes(bytes) };
             if !self.put(&run, piece, content).await {
-                return;
+                return self.not_done(&run);
             }
         }
+        if self.discard_source && !run.urgent {
+            let range = run.region.range();
+            // Space that stays taken is all that a failure costs.
+            let _ = self.source.discard(range.start.bytes(), range.len, Origin::Derived).await;
+        }
+        self.note_landed(range);
         drop(run);
         flight.landed();
+    }
+
+    /// What a job on a chain did not bring to its place is left, when it tells its end.
+    fn not_done(&self, run: &Run) {
+        if matches!(self.job.kind(), Kind::Commit) && self.is_dead() {
+            self.mark(run.region.range(), false);
+        }
     }
 
     /// Bytes that copy-before-write reads at once: its granules are never read in two halves.
@@ -97,6 +113,9 @@ impl Copy {
     fn read_failed(&self, run: &Run, error: liveblk_engine::Error) {
         if self.fills.get() && !self.is_dead() {
             return self.fill_failed(run, error);
+        }
+        if run.urgent && self.fails_guests(run.region.range(), &error) {
+            return;
         }
         self.mark(run.region.range(), false);
         if self.is_dead() {
@@ -171,11 +190,25 @@ impl Copy {
                 self.pass_failure.borrow_mut().get_or_insert((Operation::Write, error));
                 return false;
             }
-            match self.job.on_error(Operation::Write, &error) {
-                Action::Report => {
-                    self.fail(JobError::Engine(error));
-                    return false;
+            if run.urgent && self.fails_guests(run.region.range(), &error) {
+                return false;
+            }
+            let action = self.job.on_error(Operation::Write, &error);
+            if action == Action::Report {
+                self.fail(JobError::Engine(error));
+                return false;
+            }
+            if !self.keeps_bytes {
+                // Read again later: a guest's own write may wait for the region meanwhile.
+                self.mark(run.region.range(), false);
+                if action == Action::Ignore {
+                    let now = self.job.core().now();
+                    self.retry_at.set(now.saturating_add(RETRY_DELAY_NS));
                 }
+                return false;
+            }
+            match action {
+                Action::Report => return false,
                 Action::Ignore => self.wait_parked(run.urgent, Some(RETRY_DELAY_NS)).await,
                 Action::Stop => self.wait_parked(run.urgent, None).await,
             }

@@ -7,7 +7,8 @@
 //! Order of one copy, which nothing may change:
 //! 1. claim the region; 2. clear its dirty bits; 3. read the source; 4. (copy-before-write: let
 //!    waiting guests go); 5. write the target; 6. on a failed read: set the bits again before the
-//!    region is free; on a failed write: keep the bytes and write again, or fail the job.
+//!    region is free; on a failed write: keep the bytes and write again (copy-before-write),
+//!    set the bits again (mirror), or fail the job.
 //!
 //! Reads of the source pass its gate, because somebody whom a drain waits for may wait for them.
 //! Writes to the target wait at the target's gate, except those that a guest or a cut waits for.
@@ -15,12 +16,17 @@
 //! A copy in flight is a task of its own that holds the use of the target: when the job is forced
 //! to end nobody waits for it, and the target stays in use until it has ended.
 
+mod before;
+mod bitmap;
 mod chunk;
+mod pieces;
 mod plan;
 mod run;
 mod section;
 mod state;
 
+pub(crate) use self::before::BeforeWrite;
+pub(crate) use self::pieces::Piece;
 pub(crate) use self::plan::Plan;
 pub(crate) use self::section::Layers;
-pub(crate) use self::state::{Copy, CopySetup};
+pub(crate) use self::state::{Bounds, Copy, CopySetup};

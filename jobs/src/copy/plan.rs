@@ -22,6 +22,8 @@ pub(crate) struct Plan {
     /// Everything is dirty already: the plan takes out what needs no copy. Otherwise nothing is,
     /// and the plan puts in what needs one.
     pub(crate) all_dirty: bool,
+    /// The target is known to read as zeroes: what need not be copied was never to be done.
+    pub(crate) target_is_zero: bool,
 }
 
 impl Copy {
@@ -51,7 +53,7 @@ impl Copy {
         };
         let data = part(&source, is_data);
         let mut copy = if plan.top { part(&source, StatusExtent::top) } else { data.clone() };
-        if !plan.top {
+        if !plan.top && !plan.target_is_zero {
             let status = self.target.block_status(step.start.bytes(), step.len);
             match self.job.unless_dead(status, || self.is_dead()).await {
                 None => return self.check().and(Err(JobError::Cancelled)),
@@ -108,6 +110,11 @@ impl Copy {
             let mut cleared = 0;
             for run in clean_runs(copy) {
                 cleared += todo.clear_range(moved(run));
+                self.note_landed(moved(run));
+                if plan.top {
+                    // Not copied and not zero: what lies below the top is no part of the copy.
+                    self.withhold(moved(run));
+                }
             }
             skipped = cleared * todo.granularity();
         } else {
@@ -120,7 +127,7 @@ impl Copy {
         }
         drop(todo);
         // What a full copy skips is done; what sync=top leaves out was never to be done.
-        if !plan.top {
+        if !plan.top && !plan.target_is_zero {
             self.job.progress().add_done(skipped);
         }
         self.note_left();

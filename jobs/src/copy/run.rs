@@ -1,4 +1,4 @@
-//! The loop: picks dirty runs, keeps the window full, paces, pauses; and copy-before-write.
+//! The loop: picks dirty runs, keeps the window full, paces, pauses.
 
 use std::rc::Rc;
 
@@ -125,7 +125,9 @@ impl Copy {
     fn delay(&self) -> u64 {
         let now = self.job.core().now();
         let retry = self.retry_at.get().saturating_sub(now);
-        retry.max(self.job.rate().borrow_mut().delay(now))
+        let mut rate = self.job.rate().borrow_mut();
+        rate.unit(self.granularity(), self.unit);
+        retry.max(rate.delay(now))
     }
 
     /// Starts the next background copy; false if everything dirty is in flight already.
@@ -173,19 +175,20 @@ impl Copy {
     fn next_candidate(&self, from: u64) -> Option<(GuestRange, bool)> {
         let todo = self.todo.borrow();
         let zeroes = self.zero.borrow();
+        let unit = self.job.rate().borrow_mut().unit(todo.granularity(), self.unit);
         let start = todo.next_dirty(from)?;
         let zero = zeroes.test(start);
         let (limit, change) = if zero {
-            (ZERO_UNIT.max(self.unit), zeroes.next_clean(start))
+            (ZERO_UNIT.max(unit), zeroes.next_clean(start))
         } else {
-            (self.unit, zeroes.next_dirty(start).unwrap_or(self.size()))
+            (unit, zeroes.next_dirty(start).unwrap_or(self.size()))
         };
         let range = todo.next_dirty_range(start, limit.min(change - start))?;
         Some((range, zero))
     }
 
     /// Claims `range` and clears its dirty bits.
-    fn take(&self, range: GuestRange, zero: bool, urgent: bool) -> Option<Run> {
+    pub(super) fn take(&self, range: GuestRange, zero: bool, urgent: bool) -> Option<Run> {
         let region = self.regions.claim(range)?;
         #[cfg(feature = "planted-bugs")]
         if self.clears_late(zero) {
@@ -200,66 +203,5 @@ impl Copy {
     pub(super) fn clears_late(&self, zero: bool) -> bool {
         use liveblk_engine::planted::{Planted, has};
         !zero && has(self.job.core(), Planted::BitClearedAfterRead)
-    }
-
-    /// Whether a guest write to `range` must wait for old content to be read.
-    pub(crate) fn is_needed_before_write(&self, range: GuestRange) -> bool {
-        let wide = range.widen(self.granularity());
-        !self.is_dead() && (self.todo.borrow().intersects(wide) || self.regions.is_reading(wide))
-    }
-
-    /// Resolves when the old content of all granules that `range` touches is in memory or copied,
-    /// or when the job cannot succeed any more. Never fails: the guest goes on.
-    pub(crate) async fn before_guest_write(self: Rc<Self>, range: GuestRange) {
-        let wide = range.widen(self.granularity());
-        let job = Rc::clone(&self.job);
-        loop {
-            let changed = job.changed().wait();
-            if self.is_dead() {
-                return;
-            }
-            let next = self.todo.borrow().next_dirty_range(wide.start.bytes(), self.unit);
-            let next = next.map(|run| run.intersect(wide)).filter(|run| !run.is_empty());
-            if let Some(run) = next {
-                if self.start_before_write(run) {
-                    continue;
-                }
-            } else if !self.regions.is_reading(wide) {
-                return;
-            }
-            changed.await;
-        }
-    }
-
-    /// Starts a copy that a guest waits for; false if the reserve is used up or a copy there is
-    /// about to end.
-    fn start_before_write(self: &Rc<Self>, range: GuestRange) -> bool {
-        if self.regions.overlap(range).is_some() {
-            // Looked at first: a flight taken and given back would wake the caller for ever.
-            return false;
-        }
-        if !self.reserve(range.len) {
-            if self.parked.get() > 0 {
-                // The target does not take what is held already: the guest must not wait for it.
-                let full = liveblk_engine::Error::new(
-                    liveblk_engine::ErrorKind::NoSpace,
-                    "keep old content for the backup",
-                );
-                self.job.announce(crate::event::Operation::Write, crate::event::Action::Report);
-                self.fail(JobError::Engine(full));
-            }
-            return false;
-        }
-        let zero = {
-            let zeroes = self.zero.borrow();
-            zeroes.test(range.start.bytes())
-                && zeroes.next_clean(range.start.bytes()) >= range.end().bytes()
-        };
-        let flight = self.flight(range, range.len);
-        let Some(run) = self.take(range, zero, true) else { return false };
-        self.job.rate().borrow_mut().charge(range.len, self.job.core().now());
-        let copy = Rc::clone(self).copy_run(run, flight);
-        drop(self.job.core().spawn(Class::Guest, copy));
-        true
     }
 }

@@ -72,7 +72,8 @@ impl Copy {
                 }
                 from += run.len;
             }
-            self.apply(Plan { top: !all_dirty, all_dirty }, step, &data, &copy);
+            let plan = Plan { top: !all_dirty, all_dirty, target_is_zero: false };
+            self.apply(plan, step, &data, &copy);
             at = step.end().bytes();
         }
         self.touched.replace(None);

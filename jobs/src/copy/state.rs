@@ -8,11 +8,13 @@ use liveblk_engine::address::GuestRange;
 use liveblk_engine::bitmap::DirtyBitmap;
 use liveblk_engine::node::{Node, Origin};
 
+use super::before::{BeforeWrite, Crowd};
 use crate::error::{JobError, Result};
 use crate::event::{Action, Operation};
 use crate::job::Job;
 use crate::limits::{BEFORE_WRITE_BYTES, UNIT_DISK, UNIT_MEMORY, WINDOW_BYTES, WINDOW_UNITS};
-use crate::region::Regions;
+use crate::region::{Region, Regions};
+use crate::spec::CopyMode;
 
 /// Where the copies are in their life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +40,34 @@ pub(crate) struct CopySetup {
     pub(crate) whole_granules: bool,
     /// Whether whole clusters are stored compressed.
     pub(crate) compress: bool,
+    /// Whether bytes that the target did not take are kept for another try: where the source does
+    /// not have them any more. Else they are read again.
+    pub(crate) keeps_bytes: bool,
+    /// Whether space of the source is given back as it is copied.
+    pub(crate) discard_source: bool,
+    /// How copy-before-write treats guests.
+    pub(crate) before: BeforeWrite,
+    /// Most copies in flight and bytes of one, where the client limits them.
+    pub(crate) bounds: Bounds,
     /// Kept by every copy in flight: the use of the target.
     pub(crate) hold: Rc<dyn Any>,
+}
+
+/// Limits of the background loop.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    /// Copies in flight.
+    pub(crate) units: usize,
+    /// Bytes in flight.
+    pub(crate) bytes: u64,
+    /// Bytes of one copy.
+    pub(crate) chunk: u64,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { units: WINDOW_UNITS, bytes: WINDOW_BYTES, chunk: u64::MAX }
+    }
 }
 
 /// The copies of one job.
@@ -51,21 +79,32 @@ pub(crate) struct Copy {
     pub(super) unit: u64,
     whole_granules: bool,
     pub(super) compress: bool,
+    pub(super) keeps_bytes: bool,
+    pub(super) discard_source: bool,
     pub(super) todo: RefCell<DirtyBitmap>,
     /// Granules that are known to read as zeroes; a write takes them out.
     pub(super) zero: RefCell<DirtyBitmap>,
     /// Granules written since the plan began to look at a part of the source.
     pub(super) touched: RefCell<Option<DirtyBitmap>>,
     pub(super) regions: Rc<Regions>,
+    pub(super) before: BeforeWrite,
+    pub(super) crowd: Crowd,
+    /// What has not reached the target yet, where a bitmap wants to know.
+    pub(super) pending: RefCell<Option<DirtyBitmap>>,
+    /// What of the snapshot can be read; everything if absent.
+    pub(super) access: RefCell<Option<DirtyBitmap>>,
     pub(super) cursor: Cell<u64>,
     /// Background copies that do I/O now.
     units_in_flight: Cell<usize>,
     /// Bytes of all copies in flight.
     bytes_in_flight: Cell<u64>,
+    /// Bytes of guests' own writes to the target in flight.
+    guest_bytes: Cell<u64>,
     /// Copies that hold bytes for a target that failed, until the job is resumed.
     pub(super) parked: Cell<usize>,
     /// Bytes that copy-before-write holds.
     before_write_bytes: Cell<u64>,
+    bounds: Bounds,
     pub(super) retry_at: Cell<u64>,
     phase: Cell<Phase>,
     failure: RefCell<Option<JobError>>,
@@ -79,12 +118,22 @@ pub(crate) struct Copy {
 }
 
 /// A copy counted as in flight until dropped.
-pub(super) struct Flight {
+pub(crate) struct Flight {
     copy: Rc<Copy>,
     bytes: u64,
-    /// Bytes of the copy-before-write reserve it gives back.
-    reserved: u64,
+    purpose: Purpose,
     _hold: Option<Rc<dyn Any>>,
+}
+
+/// On whose account a copy runs.
+#[derive(Clone, Copy)]
+enum Purpose {
+    /// One of the background loop.
+    Background,
+    /// Copy-before-write; gives these bytes of its reserve back.
+    BeforeWrite(u64),
+    /// A guest's own write to the target.
+    GuestWrite,
 }
 
 impl Copy {
@@ -100,17 +149,25 @@ impl Copy {
             zero: RefCell::new(DirtyBitmap::new(size, setup.granularity)),
             todo: RefCell::new(todo),
             touched: RefCell::new(None),
-            unit: unit.max(setup.granularity),
+            unit: whole(unit.min(setup.bounds.chunk), setup.granularity),
+            bounds: setup.bounds,
             whole_granules: setup.whole_granules,
             compress: setup.compress,
+            keeps_bytes: setup.keeps_bytes,
+            discard_source: setup.discard_source,
             job: setup.job,
             source: setup.source,
             target: setup.target,
             size,
             regions: Rc::default(),
+            before: setup.before,
+            crowd: Crowd::default(),
+            pending: RefCell::new(None),
+            access: RefCell::new(None),
             cursor: Cell::new(0),
             units_in_flight: Cell::new(0),
             bytes_in_flight: Cell::new(0),
+            guest_bytes: Cell::new(0),
             parked: Cell::new(0),
             before_write_bytes: Cell::new(0),
             retry_at: Cell::new(0),
@@ -167,9 +224,11 @@ impl Copy {
         self.phase.get() == Phase::LastPass
     }
 
-    /// How copies enter nodes: past the gates when a guest waits for them.
+    /// How copies enter nodes: past the gates when a guest waits for them, or may wait for their
+    /// region.
     pub(super) fn origin(&self) -> Origin {
-        if self.in_last_pass() { Origin::Derived } else { Origin::External }
+        let blocking = self.job.copy_mode() == CopyMode::WriteBlocking;
+        if blocking || self.in_last_pass() { Origin::Derived } else { Origin::External }
     }
 
     /// From now on the gates of the source are closed.
@@ -250,7 +309,7 @@ impl Copy {
 
     /// Whether no copy at all is doing I/O or holds bytes.
     pub(crate) fn has_landed(&self) -> bool {
-        self.bytes_in_flight.get() == 0
+        self.bytes_in_flight.get() == 0 && self.guest_bytes.get() == 0
     }
 
     /// Whether everything dirty has reached the target (not yet its disk).
@@ -266,7 +325,7 @@ impl Copy {
     /// Whether one more background copy may start.
     pub(super) fn has_room(&self) -> bool {
         let units = self.units_in_flight.get();
-        units == 0 || (units < WINDOW_UNITS && self.bytes_in_flight.get() < WINDOW_BYTES)
+        units == 0 || (units < self.bounds.units && self.bytes_in_flight.get() < self.bounds.bytes)
     }
 
     /// Takes `bytes` of the copy-before-write reserve; one copy always fits. Given back with the
@@ -283,11 +342,58 @@ impl Copy {
     /// Counts a copy of `range` as in flight; `reserved` goes back to the reserve with it.
     pub(super) fn flight(self: &Rc<Self>, range: GuestRange, reserved: u64) -> Flight {
         let bytes = self.counted(range);
-        if reserved == 0 {
+        let purpose = if reserved == 0 {
             self.units_in_flight.set(self.units_in_flight.get() + 1);
-        }
+            Purpose::Background
+        } else {
+            Purpose::BeforeWrite(reserved)
+        };
         self.bytes_in_flight.set(self.bytes_in_flight.get() + bytes);
-        Flight { copy: Rc::clone(self), bytes, reserved, _hold: self.hold.borrow().clone() }
+        Flight { copy: Rc::clone(self), bytes, purpose, _hold: self.hold.borrow().clone() }
+    }
+
+    /// Counts a guest's own write to the target as in flight; it is no part of the progress before
+    /// it ended.
+    pub(crate) fn guest_flight(self: &Rc<Self>, range: GuestRange) -> Flight {
+        self.guest_bytes.set(self.guest_bytes.get() + range.len);
+        let (copy, purpose) = (Rc::clone(self), Purpose::GuestWrite);
+        Flight { copy, bytes: range.len, purpose, _hold: self.hold.borrow().clone() }
+    }
+
+    /// Claims the granules of `range` for a guest's write, after the copies of them that are in
+    /// flight; `None` when the copies are over.
+    pub(crate) async fn claim_for_guest(&self, range: GuestRange) -> Option<Region> {
+        let wide = range.widen(self.granularity());
+        loop {
+            let changed = self.job.changed().wait();
+            if self.is_dead() {
+                return None;
+            }
+            if let Some(region) = self.regions.claim_for_guest(wide) {
+                return Some(region);
+            }
+            changed.await;
+        }
+    }
+
+    /// A guest wrote `range` to source and target alike.
+    pub(crate) fn cover(&self, range: GuestRange) {
+        self.todo.borrow_mut().clear_range(range);
+        self.job.progress().add_done(range.len);
+        self.note_left();
+    }
+
+    /// A guest wrote `range`: nothing that was found out about it before holds.
+    pub(crate) fn touch(&self, range: GuestRange) {
+        self.zero.borrow_mut().clear_range(range.widen(self.granularity()));
+        if let Some(touched) = &mut *self.touched.borrow_mut() {
+            touched.set_range(range);
+        }
+    }
+
+    /// No background copy starts before `at` (nanoseconds).
+    pub(crate) fn retry_not_before(&self, at: u64) {
+        self.retry_at.set(at);
     }
 
     /// A copy stands still without I/O.
@@ -311,11 +417,7 @@ impl Copy {
     pub(crate) fn mark(&self, range: GuestRange, written: bool) {
         let added = self.todo.borrow_mut().set_range(range);
         if written {
-            let wide = range.widen(self.granularity());
-            self.zero.borrow_mut().clear_range(wide);
-            if let Some(touched) = &mut *self.touched.borrow_mut() {
-                touched.set_range(range);
-            }
+            self.touch(range);
         }
         if added > 0 {
             self.note_left();
@@ -354,6 +456,12 @@ impl Copy {
     }
 }
 
+/// The largest multiple of `granularity` within `bytes`, at least one: a bit is cleared only when
+/// its whole granule is copied.
+fn whole(bytes: u64, granularity: u64) -> u64 {
+    (bytes - bytes % granularity).max(granularity)
+}
+
 impl Flight {
     /// The copy reached the target.
     pub(super) fn landed(self) {
@@ -368,11 +476,16 @@ impl Flight {
 impl Drop for Flight {
     fn drop(&mut self) {
         let copy = &self.copy;
-        if self.reserved == 0 {
-            copy.units_in_flight.set(copy.units_in_flight.get() - 1);
+        let less = |count: &Cell<u64>, bytes| count.set(count.get() - bytes);
+        match self.purpose {
+            Purpose::Background => copy.units_in_flight.set(copy.units_in_flight.get() - 1),
+            Purpose::BeforeWrite(reserved) => less(&copy.before_write_bytes, reserved),
+            Purpose::GuestWrite => {
+                less(&copy.guest_bytes, self.bytes);
+                return copy.job.changed().notify_all();
+            }
         }
-        copy.bytes_in_flight.set(copy.bytes_in_flight.get() - self.bytes);
-        copy.before_write_bytes.set(copy.before_write_bytes.get() - self.reserved);
+        less(&copy.bytes_in_flight, self.bytes);
         copy.note_left();
         copy.job.changed().notify_all();
     }

@@ -6,6 +6,7 @@ files and the content of each of them must be equal. Nothing else is normalised 
 `rig.transcript`.
 """
 
+import hashlib
 import json
 import os
 
@@ -43,6 +44,13 @@ class Chain:
                 for n in found if n["drv"] in ("qcow2", "raw") and n["node-name"][0] != "#"]
 
 
+async def filters_of(chain):
+    """The filter nodes that queries show: name (of those with one), driver."""
+    found = await chain.daemon.cmd("query-named-block-nodes", flat=True, recorded=False)
+    return [(n["node-name"].strip("0123456789"), n["drv"]) for n in found
+            if n["drv"] not in ("qcow2", "raw", "file")]
+
+
 async def make(world, sizes=(8, 8, 8, 8), base="qcow2", implicit=False, top="d", small=None,
                **extra):
     """Makes the files and opens them: one node per layer, or only the top by name.
@@ -74,7 +82,7 @@ async def make(world, sizes=(8, 8, 8, 8), base="qcow2", implicit=False, top="d",
                 await images.tool("qemu-io", "-f", fmt, "-c", write, path)
         files[name] = (path, fmt)
         below = (path, fmt)
-    shown = await images.digest(files[top][0])
+    shown = await digest(world, files[top][0], "qcow2")
     daemon = await world.daemon()
     chain = Chain(world, daemon, files)
     # what a guest of the top sees
@@ -95,7 +103,16 @@ async def make(world, sizes=(8, 8, 8, 8), base="qcow2", implicit=False, top="d",
     return chain
 
 
-async def state_of(chain):
+async def digest(world, path, fmt):
+    """The content of an image, whose own folder may be full."""
+    raw = await images.dump(path, world.path("one.digest"), fmt)
+    with open(raw, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    os.unlink(raw)
+    return found
+
+
+async def state_of(chain, leaks=False):
     """After the end of the daemon: backing reference and content of every file."""
     found = {}
     for name, (path, fmt) in chain.files.items():
@@ -103,11 +120,11 @@ async def state_of(chain):
         info = json.loads(out)
         reference = info.get("backing-filename", "").replace(chain.world.folder, "")
         opens = not reference or os.path.exists(info.get("full-backing-filename", ""))
-        content = await images.digest(path, fmt) if opens else "does not open"
+        content = await digest(chain.world, path, fmt) if opens else "does not open"
         found[name] = (reference, info.get("backing-filename-format"), info["virtual-size"],
                        content)
         if fmt == "qcow2" and opens:
-            await images.check(path, leaks_allowed=not chain.daemon.kind.ours)
+            await images.check(path, leaks_allowed=leaks or not chain.daemon.kind.ours)
     return found
 
 

@@ -67,7 +67,8 @@ class Run:
         """Images a <- b <- c …, each with data of its own; nodes of the same names."""
         below = None
         for at, name in enumerate(names):
-            writes = [(0x11 * (at + 1), at * MIB, MIB), (0x10 + at, 6 * MIB + at * CLUSTER, CLUSTER)]
+            writes = [(0x11 * (at + 1), at * MIB, MIB),
+                      (0x10 + at, 6 * MIB + at * CLUSTER, CLUSTER)]
             if at:
                 writes.append((0, (at - 1) * MIB, 2 * CLUSTER))
             await self.image(name, writes, backing=below, size=size)

@@ -165,12 +165,10 @@ impl Work {
             Doing::Apply(id) => all.apply(id).await,
             Doing::Resize(sectors) => self.disk.format.resize(sectors * SECTOR).await,
         };
-        let mut model = self.model.borrow_mut();
         match result {
-            Ok(()) => model.done(),
+            Ok(()) => self.model.borrow_mut().done(),
             Err(error) => {
-                model.doing = None;
-                drop(model);
+                self.model.borrow_mut().doing = None;
                 assert!(is_beyond(&self.disk.core, &doing).await, "{doing:?}: {error}");
                 assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             }

@@ -309,6 +309,11 @@ impl Design {
             let text = format!("The image size is too large for file format '{format}'");
             return Failure::new(text);
         }
+        if error.errno() == libc::EFBIG {
+            let text = "The image size is too large for file format 'qcow2' (try using a larger \
+                        cluster size)";
+            return Failure::new(text);
+        }
         Failure::from(error.clone())
     }
 

@@ -1,0 +1,89 @@
+//! Inactive nodes: the image belongs to another process for a while.
+//!
+//! Order of inactivation, in a cut of the node: flush; the format stores what it keeps in memory
+//! and becomes read-only; the locks on the files are given up. Activation takes the locks first;
+//! then the format looks at the file again, because another process may have changed it.
+
+use super::object::Node;
+use crate::error::Result;
+use crate::storage::{LockRequest, Storage};
+
+impl Node {
+    /// Whether the image is in use by this process.
+    pub fn is_active(&self) -> bool {
+        !self.inactive.get()
+    }
+
+    /// Whether its users want it writable, also while it is inactive.
+    pub fn is_asked_writable(&self) -> bool {
+        self.asked_writable.get()
+    }
+
+    /// Gives the image up until [`Node::activate`]. Only inside a cut of this node.
+    ///
+    /// # Errors
+    /// What flushing reports; the node is then as active as it was.
+    pub(crate) async fn inactivate(&self) -> Result<()> {
+        if self.inactive.get() {
+            return Ok(());
+        }
+        let asked = self.asked_writable.get();
+        let stopped = self.set_writable(false).await;
+        self.asked_writable.set(asked);
+        stopped?;
+        self.lock_all(LockRequest::None).await?;
+        self.inactive.set(true);
+        Ok(())
+    }
+
+    /// Takes the image into use again. Only inside a cut of this node.
+    ///
+    /// # Errors
+    /// If another process has the image, or its file cannot be read; the node stays inactive.
+    pub(crate) async fn activate(&self) -> Result<()> {
+        if !self.inactive.get() {
+            return Ok(());
+        }
+        self.look_again().await?;
+        let asked = self.asked_writable.get();
+        let started = match asked {
+            true => self.set_writable(true).await,
+            false if self.is_protocol() || self.cluster_size() == 1 => {
+                self.lock_all(LockRequest::ReadShared).await
+            }
+            false => self.lock_all(LockRequest::ReadStable).await,
+        };
+        self.asked_writable.set(asked);
+        if started.is_ok() {
+            self.inactive.set(false);
+        }
+        started
+    }
+
+    /// Other processes may have written the files.
+    async fn look_again(&self) -> Result<()> {
+        for storage in self.storages() {
+            if let Storage::File(file) = storage {
+                file.look_again().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every file of the image.
+    fn storages(&self) -> Vec<Storage> {
+        let files = self.file().into_iter().chain(self.data_file());
+        let held = files.map(|file| file.format().data_storage().clone());
+        held.chain([self.format().data_storage().clone()]).collect()
+    }
+
+    /// Asks the same lock of every file of the image.
+    async fn lock_all(&self, request: LockRequest) -> Result<()> {
+        for storage in self.storages() {
+            if let Storage::File(file) = storage {
+                file.lock(request).await?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,167 @@
+//! Job starts as actions of transactions: nodes are named, so that an action can travel to the core
+//! of its node.
+
+use std::rc::Rc;
+
+use liveblk_engine::executor::Core;
+
+use crate::drive::{DriveTarget, OpenedTarget, backing_of};
+use crate::error::Result;
+use crate::mirror::prepare_mirror;
+use crate::snapshot::{NewImageMode, find};
+use crate::spec::{
+    BackupOptions, BackupSpec, CopyMode, JobOptions, MirrorOptions, MirrorSpec, SyncMode,
+};
+use crate::start::Prepared;
+use crate::txn::JobTxn;
+
+/// A backup in a transaction.
+#[derive(Clone, Debug)]
+pub struct BackupAction {
+    /// Common options.
+    pub job: JobOptions,
+    /// What is copied, by node name.
+    pub source: String,
+    /// Where to, by node name; not looked at where the target is a file.
+    pub target: String,
+    /// What of the source.
+    pub sync: SyncMode,
+    /// Accept a larger target.
+    pub allow_larger_target: bool,
+    /// Store whole clusters of the target compressed.
+    pub compress: bool,
+    /// What most backups leave alone.
+    pub more: BackupOptions,
+}
+
+/// A mirror in a transaction.
+#[derive(Clone, Debug)]
+pub struct MirrorAction {
+    /// Common options.
+    pub job: JobOptions,
+    /// What is copied, by node name.
+    pub source: String,
+    /// Where to, by node name; not looked at where the target is a file.
+    pub target: String,
+    /// What of the source.
+    pub sync: SyncMode,
+    /// When guest writes are copied.
+    pub copy_mode: CopyMode,
+    /// Bytes per dirty bit.
+    pub granularity: Option<u64>,
+    /// Accept a larger target.
+    pub allow_larger_target: bool,
+    /// What most mirrors leave alone.
+    pub more: MirrorOptions,
+}
+
+impl BackupAction {
+    /// Prepares the backup; into the file `drive` if there is one.
+    pub(crate) async fn prepare(
+        self,
+        core: &Core,
+        drive: Option<DriveTarget>,
+        txn: &Rc<JobTxn>,
+    ) -> Result<Prepared> {
+        let source = find(core, &self.source, &self.source)?.served();
+        // What needs no target is refused before a file is made.
+        self.more.bitmap.checked(self.sync, &source)?;
+        let opened = match &drive {
+            Some(drive) => Some(OpenedTarget::open(core, drive, &source, self.sync, true).await?),
+            None => None,
+        };
+        let target = match &opened {
+            Some(opened) => Rc::clone(&opened.node),
+            None => find(core, &self.target, &self.target)?.served(),
+        };
+        let spec = BackupSpec {
+            source,
+            target,
+            job: self.job,
+            sync: self.sync,
+            allow_larger_target: self.allow_larger_target,
+            compress: self.compress,
+            more: self.more,
+        };
+        with_target(core, crate::backup::prepare_backup(spec, txn), opened).await
+    }
+}
+
+impl MirrorAction {
+    /// Prepares the mirror; into the file `drive` if there is one.
+    pub(crate) async fn prepare(
+        self,
+        core: &Core,
+        drive: Option<DriveTarget>,
+        txn: &Rc<JobTxn>,
+    ) -> Result<Prepared> {
+        let source = find(core, &self.source, &self.source)?.served();
+        self.more.bitmap.checked(self.sync, &source)?;
+        let opened = match &drive {
+            Some(drive) => Some(OpenedTarget::open(core, drive, &source, self.sync, false).await?),
+            None => None,
+        };
+        let created = drive.is_some_and(|drive| drive.mode == NewImageMode::AbsolutePaths);
+        let target = match &opened {
+            Some(opened) => Rc::clone(&opened.node),
+            None => find(core, &self.target, &self.target)?.served(),
+        };
+        let mut more = self.more;
+        more.target_is_zero |= created;
+        more.backing_at_pivot =
+            if created { backing_of(&source, self.sync).map(|node| node.id()) } else { None };
+        let spec = MirrorSpec {
+            source,
+            target,
+            job: self.job,
+            sync: self.sync,
+            copy_mode: self.copy_mode,
+            granularity: self.granularity,
+            allow_larger_target: self.allow_larger_target,
+            more,
+        };
+        with_target(core, prepare_mirror(spec, txn), opened).await
+    }
+}
+
+async fn with_target(
+    core: &Core,
+    prepared: Result<Prepared>,
+    opened: Option<OpenedTarget>,
+) -> Result<Prepared> {
+    match (prepared, opened) {
+        (Ok(mut prepared), opened) => {
+            prepared.opened = opened;
+            Ok(prepared)
+        }
+        (Err(error), None) => Err(error),
+        (Err(error), Some(opened)) => {
+            opened.abort(core).await;
+            Err(error)
+        }
+    }
+}
+
+/// Starts a backup into a file.
+///
+/// # Errors
+/// What cannot work; no job and no file is left then.
+pub async fn start_drive_backup(
+    core: &Core,
+    backup: BackupAction,
+    target: DriveTarget,
+) -> Result<Rc<crate::job::Job>> {
+    backup.prepare(core, Some(target), &JobTxn::new()).await?.start().await
+}
+
+/// Starts a mirror into a file.
+///
+/// # Errors
+/// What cannot work; no job and no file is left then.
+pub async fn start_drive_mirror(
+    core: &Core,
+    mirror: MirrorAction,
+    target: DriveTarget,
+) -> Result<Rc<crate::job::Job>> {
+    mirror.prepare(core, Some(target), &JobTxn::new()).await?.start().await
+}

@@ -1,0 +1,176 @@
+"""blockdev-reopen and blockdev-set-active: what may change, what is refused, and what guests see."""
+
+import json
+
+from rig import images, transcript
+from rig.cases import case
+from test_create import attempt, chain, compared
+
+MIB = images.MIB
+
+
+async def open_chain(world, d, names="abc"):
+    """A chain whose files are nodes of their own, and a lone image x."""
+    below = None
+    for name in names + "x":
+        path = world.path(name + ".qcow2")
+        base = below if name != "x" else None
+        await images.create(path, 4 * MIB, backing=base and world.path(base + ".qcow2"))
+        await d.cmd("blockdev-add", driver="file", node_name=name + "f", filename=path)
+        await d.cmd("blockdev-add", driver="qcow2", node_name=name, file=name + "f", backing=base)
+        below = name
+
+
+async def state(d):
+    nodes = await d.cmd("query-named-block-nodes", flat=True, recorded=False)
+    return sorted([row["node-name"], row["ro"], row["active"], row["detect_zeroes"],
+                   "backing_file" in row] for row in nodes)
+
+
+def qcow2(node, backing="omit", **options):
+    found = {"driver": "qcow2", "node-name": node, "file": node + "f"}
+    if backing != "omit":
+        found["backing"] = backing
+    return dict(found, **{k.replace("_", "-"): v for k, v in options.items()})
+
+
+async def reopened(world):
+    d = await world.daemon()
+    await open_chain(world, d)
+    cf = {"driver": "file", "node-name": "cf", "filename": world.path("c.qcow2")}
+    attempts = [
+        [qcow2("no", None)], [{"driver": "qcow2", "file": "cf", "backing": "b"}],
+        [qcow2("c")], [{"driver": "raw", "node-name": "c", "file": "cf"}],
+        [qcow2("c", "b")], [qcow2("c", "b", read_only=True)], [qcow2("c", "b")],
+        [qcow2("c", "b", discard="unmap", detect_zeroes="unmap")], [qcow2("c", "b")],
+        [qcow2("c", "b", lazy_refcounts=True, overlap_check="all", l2_cache_size=MIB)],
+        [qcow2("c", "b", l2_cache_size=MIB, cache_size=MIB // 2)],
+        [qcow2("c", "b", l2_cache_entry_size=1000)], [qcow2("c", "b", cache_clean_interval=-1)],
+        [qcow2("c", "c")], [qcow2("a", "c")], [qcow2("c", "no")],
+        [qcow2("c", {"driver": "qcow2", "file": {"driver": "file",
+                                                 "filename": world.path("x.qcow2")}})],
+        [{**cf, "read-only": True}], [cf], [{**cf, "filename": world.path("x.qcow2")}],
+        # All or nothing.
+        [qcow2("c", "b", read_only=True), qcow2("x", None, read_only=True)],
+        [qcow2("c", "b"), qcow2("x", None)],
+        [qcow2("c", "b", read_only=True), qcow2("x", None, l2_cache_entry_size=1000)],
+        [qcow2("c", "b", read_only=True), qcow2("x", "x")],
+        [qcow2("c", "a"), qcow2("no", None)],
+        # Links, one after the other.
+        [qcow2("c", "a")], [qcow2("c", None)], [qcow2("c", "x")], [qcow2("c", None)],
+        [qcow2("b", "c")], [qcow2("c", "b")], [qcow2("c", "b"), qcow2("b", "a")],
+        [qcow2("b", "a"), qcow2("c", "b")], [qcow2("c", "b")],
+    ]
+    found = []
+    for options in attempts:
+        await attempt(d, "blockdev-reopen", {"options": options})
+        found.append(await state(d))
+    await attempt(d, "blockdev-reopen", {})
+    await d.export("c")
+    for options in ([qcow2("c", "b", read_only=True)], [qcow2("c", "a")], [qcow2("c", "b")],
+                    [{**cf, "read-only": True}]):
+        await attempt(d, "blockdev-reopen", {"options": options})
+        found.append(await state(d))
+    await d.quit()
+    return (transcript.replies(d.record, world.folder)
+            + [json.dumps(line, sort_keys=True) for line in found])
+
+
+@case("pair", timeout=120)
+async def nodes_are_reopened_as_by_the_peer(world):
+    await compared(world, reopened, "blockdev-reopen")
+
+
+@case("ours")
+async def an_empty_list_does_nothing(world):
+    d = await world.daemon()
+    await open_chain(world, d)
+    before = await state(d)
+    await d.cmd("blockdev-reopen", options=[])
+    assert await state(d) == before
+
+
+@case("both")
+async def a_guest_sees_the_layer_that_was_put_below_its_disk(world):
+    d = await world.daemon()
+    await open_chain(world, d, "ac")
+    for image, pattern in (("a", 1), ("x", 2)):
+        uri = await d.export(image) if image == "x" else None
+        if uri:
+            await images.tool("qemu-io", "-f", "raw", "-c", f"write -P {pattern} 0 1M", uri)
+            await d.cmd("block-export-del", id="exp-disk")
+            await d.wait_event("BLOCK_EXPORT_DELETED")
+    uri = await d.export("c", name="c")
+    await images.tool("qemu-io", "-f", "raw", "-c", "read -P 0 0 1M", uri)
+    await d.cmd("blockdev-reopen", options=[qcow2("c", "x")])
+    await images.tool("qemu-io", "-f", "raw", "-c", "read -P 2 0 1M", "-c", "write -P 3 0 64k", uri)
+    await d.cmd("blockdev-reopen", options=[qcow2("c", None)])
+    await images.tool("qemu-io", "-f", "raw", "-c", "read -P 3 0 64k", "-c",
+                      "read -P 0 64k 960k", uri)
+    await d.quit()
+
+
+@case("both")
+async def requests_in_flight_stay_right_while_nodes_are_reopened(world):
+    d = await world.daemon()
+    await open_chain(world, d)
+    uri = await d.export("c")
+    guest = await world.guest(uri)
+    await guest.run()
+    for turn in range(20):
+        await d.cmd("blockdev-reopen", options=[
+            qcow2("c", "b", discard="unmap" if turn % 2 else "ignore"),
+            qcow2("x", None, read_only=turn % 2 == 0)])
+    await guest.stop()
+    await guest.verify()
+    await d.quit()
+    await images.tool("qemu-img", "check", world.path("c.qcow2"))
+
+
+@case("ours")
+async def what_a_job_reads_is_not_changed_under_it(world):
+    d = await world.daemon()
+    await open_chain(world, d)
+    await d.cmd("blockdev-mirror", job_id="m", device="c", target="x", sync="none")
+    await d.wait_event("BLOCK_JOB_READY")
+    _, desc = await d.refused("blockdev-reopen", options=[qcow2("c", "a")])
+    assert "in use by block job: mirror" in desc, desc
+    await d.cmd("blockdev-reopen", options=[qcow2("c", "b", discard="unmap")])
+    _, desc = await d.refused("blockdev-reopen", options=[qcow2("x", None, read_only=True)])
+    assert desc == "Read-only block node 'x' cannot support read-write users", desc
+    await d.cmd("job-cancel", id="m")
+    await d.job_gone("m")
+    await d.cmd("blockdev-reopen", options=[qcow2("c", "a")])
+
+
+async def inactive(world):
+    d = await world.daemon()
+    await open_chain(world, d)
+    found = []
+    for arguments in ({}, {"node-name": "no", "active": True}, {"node-name": "c", "active": False},
+                      {"node-name": "c", "active": False}, {"node-name": "cf", "active": False},
+                      {"node-name": "b", "active": False}, {"node-name": "c", "active": True},
+                      {"node-name": "a", "active": False}, {"node-name": "c", "active": True},
+                      {"node-name": "cf", "active": True}, {"active": False}, {"active": True}):
+        await attempt(d, "blockdev-set-active", arguments)
+        found.append(await state(d))
+    await d.export("c")
+    for arguments in ({"node-name": "c", "active": False}, {"active": False}):
+        await attempt(d, "blockdev-set-active", arguments)
+        found.append(await state(d))
+    await d.cmd("block-export-del", id="exp-disk")
+    await d.wait_event("BLOCK_EXPORT_DELETED")
+    await attempt(d, "blockdev-set-active", {"node-name": "c", "active": False})
+    await images.tool("qemu-io", "-c", "write -P 5 0 1M", world.path("c.qcow2"))
+    uri = await d.export("c", name="again", export_id="again")
+    found.append(await state(d))
+    await images.tool("qemu-io", "-f", "raw", "-c", "read -P 5 0 1M", "-c", "write -P 6 1M 1M", uri)
+    await d.quit()
+    await images.tool("qemu-img", "check", world.path("c.qcow2"))
+    return (transcript.replies(d.record, world.folder)
+            + [json.dumps(line, sort_keys=True) for line in found])
+
+
+@case("pair", timeout=120)
+async def nodes_are_given_up_and_taken_back_as_by_the_peer(world):
+    await compared(world, inactive, "blockdev-set-active")
