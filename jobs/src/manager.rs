@@ -113,6 +113,15 @@ impl JobManager {
         self.forget(job);
     }
 
+    /// Takes back a job that was ready to start when its transaction failed.
+    pub(crate) fn call_off(&self, job: &Rc<Job>) {
+        job.enter(Status::Aborting);
+        job.release();
+        job.enter(Status::Concluded);
+        job.enter(Status::Null);
+        self.forget(job);
+    }
+
     /// The job that has `node` as its target, or mirrors it, or is about to take its guests away.
     pub(crate) fn exclusive_user(&self, node: NodeId) -> Option<Kind> {
         self.user_where(|job, source, target| {

@@ -157,7 +157,7 @@ impl Prepared {
         let job = self.job();
         self.copy.kill();
         if let Some(manager) = job.manager() {
-            manager.withdraw(&job);
+            manager.call_off(&job);
         }
         if let Some(opened) = self.opened {
             drop((self.copy, self.slot, self.body));

@@ -48,6 +48,7 @@ impl Control {
     /// `drive-mirror`.
     pub(super) async fn drive_mirror(&self, drive: Drive<BlockdevMirror>) -> Result<()> {
         self.node(&drive.job.device)?;
+        check_drive(&drive)?;
         let (file, made) = (drive_target(&drive.file), drive.file.clone());
         let mut mirror = self.mirror_action(drive.job)?;
         mirror.more.keep_zeroes = !made.unmap;
@@ -221,6 +222,7 @@ impl Control {
                 Ok(Action::DriveBackup(backup_action(drive.job), file))
             }
             TransactionAction::DriveMirror(drive) => {
+                check_drive(&drive)?;
                 let file = drive_target(&drive.file);
                 let mut mirror = self.mirror_action(drive.job)?;
                 mirror.more.keep_zeroes = !drive.file.unmap;
@@ -257,6 +259,14 @@ fn backup_action(backup: BlockdevBackup) -> BackupAction {
         more: backup_options(&backup),
         job: backup_job(backup),
     }
+}
+
+fn check_drive(drive: &Drive<BlockdevMirror>) -> Result<()> {
+    if drive.job.replaces.is_some() && drive.file.node_name.is_none() {
+        let desc = "a node-name must be provided when replacing a named node of the graph";
+        return Err(Failure::generic(desc));
+    }
+    Ok(())
 }
 
 fn drive_target(file: &DriveFile) -> DriveTarget {

@@ -82,6 +82,8 @@ pub(crate) struct Copy {
     pub(super) keeps_bytes: bool,
     pub(super) discard_source: bool,
     pub(super) todo: RefCell<DirtyBitmap>,
+    /// Bytes per dirty bit, known also while the bits are being changed.
+    granularity: u64,
     /// Granules that are known to read as zeroes; a write takes them out.
     pub(super) zero: RefCell<DirtyBitmap>,
     /// Granules written since the plan began to look at a part of the source.
@@ -148,6 +150,7 @@ impl Copy {
         let copy = Self {
             zero: RefCell::new(DirtyBitmap::new(size, setup.granularity)),
             todo: RefCell::new(todo),
+            granularity: setup.granularity,
             touched: RefCell::new(None),
             unit: whole(unit.min(setup.bounds.chunk), setup.granularity),
             bounds: setup.bounds,
@@ -432,7 +435,7 @@ impl Copy {
 
     /// Bytes per dirty bit.
     pub(crate) fn granularity(&self) -> u64 {
-        self.todo.borrow().granularity()
+        self.granularity
     }
 
     /// Brings the progress up to date with what is dirty and in flight.

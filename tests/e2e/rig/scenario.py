@@ -125,8 +125,8 @@ class Run:
     async def graph(self):
         """The monitor's nodes, their files and backing files, as part of the replies."""
         nodes = await self.d.cmd("query-named-block-nodes", {"flat": True}, recorded=False)
-        rows = sorted([n["node-name"], n["drv"], n["ro"], os.path.basename(n["file"]),
-                       os.path.basename(n.get("backing_file", ""))]
+        rows = sorted([n["node-name"], n["drv"], n["ro"], file_of(n["file"]),
+                       file_of(n.get("backing_file", ""))]
                       for n in nodes if not n["node-name"].startswith("#") and n["drv"] != "file")
         self.d.record.append(("reply", "graph", rows))
 
@@ -171,6 +171,13 @@ class Run:
         except images.ToolFailed as failed:
             last = failed.err.strip().splitlines()[-1]
             return "unreadable: " + last.replace(self.world.folder, "FOLDER")
+
+
+def file_of(name):
+    """The image's file; the peer shows a node with a backing node of its own as JSON."""
+    if name.startswith("json:"):
+        name = json.loads(name[5:])["file"]["filename"]
+    return os.path.basename(name)
 
 
 async def outcome(function, world):

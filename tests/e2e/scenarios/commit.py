@@ -212,7 +212,7 @@ async def wrong_arguments(s):
 
 @scenario
 async def what_else_is_refused_meanwhile(s):
-    s.partial = {"a.qcow2"}
+    s.partial = {"a.qcow2", "b.qcow2"}
     s.numbers = False
     await s.start()
     await s.chain("abcd")
