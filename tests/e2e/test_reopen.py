@@ -1,4 +1,4 @@
-"""blockdev-reopen and blockdev-set-active: what may change, what is refused, and what guests see."""
+"""blockdev-reopen and blockdev-set-active: what may change, what is refused, what guests see."""
 
 import json
 

@@ -34,16 +34,16 @@ impl Image {
         }));
     }
 
-    /// Forgets what was not used since the last time; whether nothing is left that could be.
+    /// Forgets what was not used since the last time; whether time alone will free nothing more.
     fn forget_unused(&self) -> bool {
         let mut state = self.state.borrow_mut();
         let State { l2, refs, pending, allocator, geometry, .. } = &mut *state;
         let entries = geometry.slice_entries();
-        l2.forget_unused(|slice| {
+        let tables = l2.forget_unused(|slice| {
             pending.range(slice * entries..(slice + 1) * entries).next().is_some()
         });
         let entries = geometry.ref_slice_entries();
-        refs.forget_unused(|slice| State::reserves(&allocator.runs, slice, entries));
-        l2.has_no_clean() && refs.has_no_clean()
+        let counts = refs.forget_unused(|slice| State::reserves(&allocator.runs, slice, entries));
+        !tables && !counts
     }
 }

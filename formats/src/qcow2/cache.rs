@@ -152,21 +152,22 @@ impl Cache {
         self.has_room()
     }
 
-    /// Forgets the clean slices that nobody needs and that were not used since the last call.
-    pub(super) fn forget_unused(&mut self, needed: impl Fn(u64) -> bool) {
-        let mut at = 0;
+    /// Forgets the clean slices that nobody needs and that were not used since the last call;
+    /// whether there are others that the next call may forget.
+    pub(super) fn forget_unused(&mut self, needed: impl Fn(u64) -> bool) -> bool {
+        let (mut at, mut later) = (0, false);
         while let Some(slot) = self.slots.get(at) {
-            if slot.recent.replace(false) || slot.state != State::Clean || needed(slot.key) {
+            let used = slot.recent.replace(false);
+            if slot.state != State::Clean || needed(slot.key) {
+                at += 1;
+            } else if used {
+                later = true;
                 at += 1;
             } else {
                 self.remove_at(at);
             }
         }
-    }
-
-    /// Whether everything cached is dirty or being written.
-    pub(super) fn has_no_clean(&self) -> bool {
-        self.slots.iter().all(|slot| slot.state != State::Clean)
+        later
     }
 
     fn remove_at(&mut self, at: usize) {
@@ -257,7 +258,7 @@ mod tests {
             cache.insert(key, Box::new([0; 8]));
         }
         cache.change(1);
-        cache.forget_unused(|_| false);
+        assert!(cache.forget_unused(|_| false), "the next interval may bring more");
         assert!((0..5).all(|key| cache.contains(key)), "all were used in the first interval");
         assert!(cache.get(2).is_some());
         cache.forget_unused(|key| key == 3);
@@ -267,8 +268,8 @@ mod tests {
         cache.forget_unused(|_| false);
         assert!(cache.contains(1) && !cache.contains(2), "one is being written");
         cache.end_write(1, true);
-        cache.forget_unused(|_| false);
-        assert!(cache.has_no_clean() && !cache.contains(1));
+        assert!(!cache.forget_unused(|key| key == 3), "only a needed one is left");
+        assert!(!cache.contains(1) && cache.contains(3));
     }
 
     #[test]
