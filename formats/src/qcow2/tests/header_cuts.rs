@@ -193,7 +193,7 @@ fn a_name_that_does_not_fit_is_refused_and_nothing_changes() {
         let storage = file(&core, "/image", true).await;
         create(&core, &storage, options).await.expect("is created");
         let disk = super::mover::open(&core, storage, true).await.expect("opens");
-        for (len, errno) in [(377, 28), (1023, 28), (1024, 5)] {
+        for (len, errno) in [(377, 28), (1023, 28), (1024, 22)] {
             let reference = liveblk_engine::format::BackingRef {
                 file: "n".repeat(len),
                 format: Some("raw".into()),
