@@ -27,4 +27,4 @@ def compare(name, function):
 
 
 for _name, _function in record_golden.load().items():
-    CASES.append(Case(compare(_name, _function), "ours", 60))
+    CASES.append(Case(compare(_name, _function), "ours", 60, beside=True))

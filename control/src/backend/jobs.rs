@@ -6,7 +6,7 @@
 use std::rc::Rc;
 
 use liveblk_engine::executor::CoreId;
-use liveblk_engine::node::Node;
+use liveblk_engine::node::{Node, User};
 use liveblk_jobs::{
     Action, Amendment, BackupAction, BackupOptions, BackupSpec, BitmapChoice, BitmapMode,
     CompletionMode, CopyMode, DriveTarget, JobOptions, MirrorAction, MirrorOptions, MirrorSpec,
@@ -29,6 +29,7 @@ impl Control {
     pub(super) async fn mirror(&self, mirror: BlockdevMirror) -> Result<()> {
         let source = self.node(&mirror.device)?;
         let target = self.node(&mirror.target)?;
+        check_no_overlay(&target)?;
         let MirrorAction { job, sync, copy_mode, granularity, allow_larger_target, more, .. } =
             self.mirror_action(mirror)?;
         start_mirror(MirrorSpec {
@@ -259,6 +260,18 @@ fn backup_action(backup: BlockdevBackup) -> BackupAction {
         more: backup_options(&backup),
         job: backup_job(backup),
     }
+}
+
+/// Refuses to overwrite what an overlay shows.
+fn check_no_overlay(target: &Rc<Node>) -> Result<()> {
+    let overlay = target.users().into_iter().find_map(|user| match user {
+        User::Overlay { node } => Some(node),
+        _ => None,
+    });
+    let Some(overlay) = overlay else { return Ok(()) };
+    let target = target.name();
+    let desc = format!("Node '{target}' is busy: node is used as backing hd of '{overlay}'");
+    Err(Failure::generic(desc))
 }
 
 fn check_drive(drive: &Drive<BlockdevMirror>) -> Result<()> {

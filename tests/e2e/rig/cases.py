@@ -24,10 +24,11 @@ class NotPossibleHere(AssertionError):
 
 
 class Case:
-    def __init__(self, function, on, timeout):
+    def __init__(self, function, on, timeout, beside=False):
         self.function = function
         self.on = on
         self.timeout = timeout
+        self.beside = beside  # may run while others do: it looks at no clock
         self.module = function.__module__.replace("test_", "")
         self.name = function.__name__
 
