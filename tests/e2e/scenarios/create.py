@@ -82,7 +82,8 @@ async def reopened(s):
     for extra in (
             {"read-only": True}, {"read-only": False}, {"backing": None}, {"backing": "a"},
             {"backing": "b"}, {"backing": "nothing"}, {"file": {"driver": "file"}},
-            {"lazy-refcounts": True}, {"discard": "unmap"}, {"discard": "unmap", "detect-zeroes": "unmap"},
+            {"lazy-refcounts": True}, {"discard": "unmap"},
+            {"discard": "unmap", "detect-zeroes": "unmap"},
             {"node-name": "nothing"}, {"driver": "raw"}):
         options = dict({"driver": "qcow2", "node-name": "b", "file": file, "backing": "a"}, **extra)
         await s.cmd("blockdev-reopen", options=[options])
