@@ -8,10 +8,9 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import time
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient
 
 START_SECONDS = 20
 WAIT_SECONDS = 30
@@ -78,20 +77,18 @@ class Daemon:
         while True:
             if self.process.returncode is not None:
                 raise AssertionError(f"{self.kind.name} ended at start: {self.stderr_tail()}")
+            self.client = QMPClient(self.name)
+            self.listener = EventListener()
+            self.client.register_listener(self.listener)
             try:
-                probe = socket.socket(socket.AF_UNIX)
-                probe.connect(self.qmp_path)
-                probe.close()
+                await asyncio.wait_for(self.client.connect(self.qmp_path), START_SECONDS)
                 break
-            except OSError:
+            except ConnectError:
+                # Not listening yet, or busy with the start.
                 if time.monotonic() > limit:
                     raise AssertionError(f"{self.kind.name} opened no monitor: "
                                          f"{self.stderr_tail()}") from None
                 await asyncio.sleep(0.01)
-        self.client = QMPClient(self.name)
-        self.listener = EventListener()
-        self.client.register_listener(self.listener)
-        await asyncio.wait_for(self.client.connect(self.qmp_path), START_SECONDS)
         self.reader = asyncio.create_task(self._collect())
 
     async def _collect(self):
