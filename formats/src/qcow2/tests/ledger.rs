@@ -234,6 +234,16 @@ impl Ledger {
         }
     }
 
+    /// The image was read again and says this size: a change that failed half-way may show now.
+    pub(super) fn size_shows(&mut self, size: u64) {
+        if *self.sizes.live() == size {
+            return;
+        }
+        let known = self.sizes.versions.iter().any(|(known, _)| *known == size);
+        assert!(known, "size {size} is none of {:?}", self.sizes.versions);
+        self.sizes.versions.push((size, NEVER - 1));
+    }
+
     /// The image is being closed, or becomes read-only.
     pub(super) fn store_begins(&mut self) {
         self.tick();

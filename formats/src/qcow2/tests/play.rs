@@ -148,6 +148,7 @@ impl Player {
         let list = bitmaps.map(|bitmaps| bitmaps.list()).unwrap_or_default();
         let lost = list.into_iter().map(|info| (info.name, info.inconsistent)).collect();
         self.ledger.borrow_mut().opened(&lost);
+        self.ledger.borrow_mut().size_shows(disk.format.size() / SECTOR);
         self.cluster.set(disk.format.cluster_size());
         self.external.set(disk.format.abilities().compress.is_none());
         self.disk.replace(Some(disk));
@@ -316,6 +317,9 @@ impl Player {
         }
         let result = disk.format.set_writable(true).await;
         self.read_only.set(result.is_err());
+        if result.is_ok() {
+            self.ledger.borrow_mut().size_shows(disk.format.size() / SECTOR);
+        }
         result
     }
 
