@@ -324,6 +324,12 @@ impl Player {
     }
 
     async fn change_size(&self, disk: &Disk, sectors: u64) -> Result<()> {
+        if self.read_only.get() {
+            // The size that shows may be another than the one that is durable.
+            let result = disk.format.resize_with(self.resize(sectors)).await;
+            assert!(result.is_err(), "a disk that cannot be written changed its size");
+            return result;
+        }
         self.ledger.borrow_mut().resize_begins(sectors);
         let result = disk.format.resize_with(self.resize(sectors)).await;
         let size = disk.format.size() / SECTOR;
