@@ -276,6 +276,11 @@ impl Sweep {
     fn start(&mut self, kind: &Kind, script: &Script) -> Option<Start> {
         let (options, below) = (kind.options.clone(), kind.below);
         let (before, steps) = (script.before.clone(), script.steps.clone());
+        let named = |op: &Op| matches!(op, Op::Backing(Some(_)));
+        if options.data_file_raw && before.iter().chain(&steps).any(named) {
+            // A raw data file shows all of the disk: nothing can lie below.
+            return None;
+        }
         let fs = self.sim.fs();
         fs.create(PATH, &[]);
         let external = options.data_file.is_some();
