@@ -85,29 +85,47 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
     let mut chain = world.chain(index);
     let top = chain.pop()?;
     let below = world.disks[index].disk.node().backing()?;
-    let name = world.name("target");
-    let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
-    world.make(&image, chain.last()).await;
-    let options =
-        NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
-    let mut spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
-    spec.backing = BackingSource::Node(below.name().to_string());
-    let node = world.host.open(spec).await.expect("a new target opens");
-    chain.push(image);
-    Some(Target { chain, node })
+    loop {
+        let name = world.name("target");
+        let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
+        world.make(&image, chain.last()).await;
+        let options =
+            NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
+        let mut spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
+        spec.backing = BackingSource::Node(below.name().to_string());
+        if let Some(node) = opened(world.host.open(spec).await) {
+            chain.push(image);
+            return Some(Target { chain, node });
+        }
+    }
 }
 
 /// A target without a backing file.
 pub(crate) async fn target(world: &World, index: usize, what: &str, rng: &mut Rng) -> Target {
     let size = world.disks[index].disk.size();
-    let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
-    let image = Rc::new(Image { name: world.name(what), size, qcow2 });
-    world.make(&image, None).await;
-    let options =
-        NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
-    let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
-    let node = world.host.open(spec).await.expect("a new target opens");
-    Target { chain: vec![image], node }
+    loop {
+        let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
+        let image = Rc::new(Image { name: world.name(what), size, qcow2 });
+        world.make(&image, None).await;
+        let options =
+            NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
+        let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&world.name("node"));
+        if let Some(node) = opened(world.host.open(spec).await) {
+            return Target { chain: vec![image], node };
+        }
+    }
+}
+
+/// The node of a new image; none if the barrier before its first use failed as planned. Such an
+/// image is not opened for writing again, so another is made.
+pub(crate) fn opened(result: Result<Rc<Node>, liveblk::HostError>) -> Option<Rc<Node>> {
+    match result {
+        Ok(node) => Some(node),
+        Err(error) => {
+            assert!(error.to_string().contains("flush"), "a new image opens: {error}");
+            None
+        }
+    }
 }
 
 pub(crate) fn options(world: &World) -> JobOptions {

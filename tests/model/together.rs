@@ -14,7 +14,7 @@ use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
 use super::ledger::Window;
 use super::operator::{
-    COPY, Target, close, gone, is_excused, judge_copy, on_success, options, target,
+    COPY, Target, close, gone, is_excused, judge_copy, on_success, opened, options, target,
 };
 use super::pattern;
 use super::world::World;
@@ -109,16 +109,22 @@ async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Actio
         };
         return (Layer { disk, base, image, open: None }, Action::SnapshotFile(spec));
     }
-    let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::random(rng)) });
-    world.make(&image, world.chain(disk).last()).await;
-    let options = NodeOptions {
-        discard_unmap: rng.chance(700),
-        direct: rng.chance(500),
-        ..NodeOptions::default()
-    };
-    let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&overlay);
-    let open = world.host.open(spec).await.expect("a new layer opens");
-    (Layer { disk, base, image, open: Some(open) }, Action::Snapshot { node, overlay })
+    let mut name = name;
+    loop {
+        let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::random(rng)) });
+        world.make(&image, world.chain(disk).last()).await;
+        let options = NodeOptions {
+            discard_unmap: rng.chance(700),
+            direct: rng.chance(500),
+            ..NodeOptions::default()
+        };
+        let spec = open_chain(&[Rc::clone(&image)], &options, true).named(&overlay);
+        if let Some(open) = opened(world.host.open(spec).await) {
+            let action = Action::Snapshot { node, overlay };
+            return (Layer { disk, base, image, open: Some(open) }, action);
+        }
+        name = world.name("layer");
+    }
 }
 
 /// Starts backups of all disks at one instant.
