@@ -465,6 +465,28 @@ fn engine_formats_and_jobs_are_deterministic_outside_the_driver() {
     every_source(determinism);
 }
 
+/// Files of a folder with a `main.rs` that it does not name: their tests would never run.
+fn forgotten_tests(main: &Source, files: &[&str]) -> Vec<Finding> {
+    let folder = main.path.trim_end_matches("main.rs");
+    files
+        .iter()
+        .filter_map(|path| path.strip_prefix(folder)?.strip_suffix(".rs"))
+        .filter(|name| !name.contains('/') && *name != "main")
+        .filter(|name| !main.text.lines().any(|line| line == format!("mod {name};")))
+        .map(|name| format!("{}: {name}.rs is not one of its modules", main.path))
+        .collect()
+}
+
+#[test]
+fn no_file_of_tests_is_left_out_of_its_program() {
+    let all = sources("rs");
+    let paths: Vec<&str> = all.iter().map(|source| source.path.as_str()).collect();
+    let mains = all.iter().filter(|source| source.path.ends_with("/main.rs"));
+    let mains: Vec<_> = mains.filter(|source| source.path.contains("tests/")).collect();
+    assert!(mains.len() >= 3, "the programs of tests are elsewhere: {}", mains.len());
+    demand(mains.iter().flat_map(|main| forgotten_tests(main, &paths)).collect());
+}
+
 #[test]
 fn crate_and_module_roots_hold_no_logic() {
     every_source(no_logic_in_roots);
@@ -620,6 +642,13 @@ fn planted_text_is_found() {
     assert_eq!(folder_names(&["engine/src/util/x.rs".to_owned()]).len(), 1);
     assert_eq!(folder_names(&["engine/src/helpers.rs".to_owned()]).len(), 1);
     assert!(folder_names(&["engine/src/baseline.rs".to_owned()]).is_empty());
+}
+
+#[test]
+fn planted_files_of_tests_are_found() {
+    let main = planted("tests/all/main.rs", "//! h\nmod one;\n");
+    let files = ["tests/all/main.rs", "tests/all/one.rs", "tests/all/two.rs", "tests/other.rs"];
+    assert_eq!(forgotten_tests(&main, &files).len(), 1);
 }
 
 #[test]
