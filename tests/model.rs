@@ -12,8 +12,14 @@
 //! `LIVEBLK_SECONDS=N` bounds the time; without it a run that does not get to its last seed has
 //! failed.
 
+#[path = "model/backups.rs"]
+mod backups;
+#[path = "model/bitmaps.rs"]
+mod bitmaps;
 #[path = "model/chains.rs"]
 mod chains;
+#[path = "model/changes.rs"]
+mod changes;
 #[path = "model/guest.rs"]
 mod guest;
 #[path = "model/images.rs"]

@@ -1,8 +1,14 @@
 //! Tests of the model test: each planted bug, a rule of the project left out at the one place that
 //! keeps it, is found within few seeds. Runs with `--features planted-bugs`.
 
+#[path = "model/backups.rs"]
+mod backups;
+#[path = "model/bitmaps.rs"]
+mod bitmaps;
 #[path = "model/chains.rs"]
 mod chains;
+#[path = "model/changes.rs"]
+mod changes;
 #[path = "model/guest.rs"]
 mod guest;
 #[path = "model/images.rs"]

@@ -120,7 +120,7 @@ async fn commit_active(world: &Rc<World>, index: usize, chain: &Chain, rng: &mut
     }
     let top = chain.len() - 1;
     let base = pick(rng, 0, top - 1);
-    if chain[base].size > chain[top].size {
+    if nodes[base].size() > nodes[top].size() {
         return;
     }
     forget(world, chain, base, None);
@@ -179,7 +179,10 @@ async fn ended(world: &Rc<World>, index: usize, job: &Rc<Job>, old: &Chain) {
 fn failed(world: &World, index: usize, old: &Chain, error: &JobError, what: &str) {
     // Another job has a node of this chain as its target or source.
     let conflict = error.to_string().starts_with("Permission conflict");
-    let excused = conflict || matches!(error, JobError::Cancelled) || is_excused(world, error);
+    // A base that must grow, but cannot say which size its snapshots had.
+    let fixed = error.to_string().contains("v2 image which has snapshots");
+    let excused =
+        conflict || fixed || matches!(error, JobError::Cancelled) || is_excused(world, error);
     assert!(excused, "{what} failed: {error}");
     *world.disks[index].active.borrow_mut() = vec![old.clone()];
 }
@@ -192,6 +195,12 @@ fn forget(world: &World, chain: &Chain, base: usize, top: Option<usize>) {
         |kept: &Chain| !has(kept, &chain[base]) || top.is_some_and(|top| has(kept, &chain[top]));
     let mut kept = world.kept.borrow_mut();
     kept.retain(|kept| kept.parts.iter().all(|(_, chain)| stays(chain)));
+    // A snapshot inside the base is of the base; one inside a layer that goes down is lost.
+    let mut internal = world.internal.borrow_mut();
+    internal.retain(|kept| {
+        let is_lost = top.is_some_and(|top| kept.is_in(&chain[top]));
+        kept.is_in(&chain[base]) || (stays(&kept.chain) && !is_lost)
+    });
 }
 
 /// Closes the nodes that the disk does not need any more.

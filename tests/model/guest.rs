@@ -56,6 +56,7 @@ pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
 async fn request(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let state = &world.disks[index];
     let range = place(state, rng);
+    state.reach.borrow_mut().push(range.start() + range.blocks());
     match rng.below(100) {
         0..38 => write(world, state, range, rng).await,
         38..60 => read(world, state, range, rng).await,
@@ -65,6 +66,9 @@ async fn request(world: &Rc<World>, index: usize, rng: &mut Rng) {
         94..97 => abandon(world, state, range),
         _ => status(world, state, range).await,
     }
+    let mut reach = state.reach.borrow_mut();
+    let at = reach.iter().position(|end| *end == range.start() + range.blocks());
+    reach.swap_remove(at.expect("invariant: pushed above"));
 }
 
 /// Memory for a request: sometimes unaligned, sometimes in several parts.

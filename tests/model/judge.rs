@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
 
+use liveblk::engine::buf::Pool;
 use liveblk::engine::driver::sim::{Sim, SimConfig, SimFs};
 use liveblk::engine::executor::Core;
 use liveblk::engine::format::ReferencePolicy;
@@ -12,18 +13,21 @@ use liveblk::engine::storage::{File, FileOptions, Storage};
 use liveblk::formats::qcow2::check;
 use liveblk::{Host, WriteFlags};
 
+use super::bitmaps::Stored;
 use super::images::{Chain, Image, open_chain};
 use super::ledger::Window;
 use super::pattern::{self, BLOCK, Value};
-use super::world::{DiskState, Kept, World};
+use super::world::{DiskState, Internal, Kept, World};
 
 /// Judges the file system `fs`; `seed` decides what the world does that looks at it.
-pub(crate) fn power_cut(world: &World, fs: SimFs, seed: u64) -> Result<(), String> {
+pub(crate) fn power_cut(world: &World, fs: SimFs, seed: u64, pool: &Pool) -> Result<(), String> {
     fs.set_capacity(None);
-    let mut sim = Sim::with_fs(SimConfig::new(seed).calm(), fs);
+    let mut sim = Sim::with_pool(SimConfig::new(seed).calm(), fs, pool.clone());
     for (index, state) in world.disks.iter().enumerate() {
         let chain =
             surviving_chain(&mut sim, state).map_err(|why| format!("disk {index}: {why}"))?;
+        let stored = Stored::of(world, index, chain.last().expect("invariant: not empty"));
+        judge_stored(&mut sim, &chain, stored).map_err(|why| format!("disk {index}: {why}"))?;
         if seed.is_multiple_of(4) {
             go_on(&mut sim, &chain).map_err(|why| format!("disk {index} goes on: {why}"))?;
         }
@@ -31,6 +35,13 @@ pub(crate) fn power_cut(world: &World, fs: SimFs, seed: u64) -> Result<(), Strin
     for kept in world.kept.borrow().iter() {
         let judged = kept_is_there(&mut sim, world, kept);
         judged.map_err(|why| format!("{:?} was complete: {why}", names(kept)))?;
+    }
+    // The newest first: going back changes what later images show of their lower layers.
+    for kept in world.internal.borrow().iter().rev() {
+        let values = go_back(&mut sim, kept);
+        let judged =
+            values.and_then(|values| one_moment(world, &[(kept.disk, values)], kept.window));
+        judged.map_err(|why| format!("internal snapshot {} was taken: {why}", kept.name))?;
     }
     let images = world.images.borrow().clone();
     for image in images.iter().filter(|image| image.qcow2.is_some()) {
@@ -79,6 +90,42 @@ fn surviving_chain(sim: &mut Sim, state: &DiskState) -> Result<Chain, String> {
         }
     }
     Err(wrong.join("; "))
+}
+
+/// All blocks of the disk as a snapshot inside its image has it; the disk goes back to that.
+fn go_back(sim: &mut Sim, kept: &Internal) -> Result<Vec<Value>, String> {
+    let spec = open_chain(&kept.chain, &NodeOptions::default(), true);
+    let name = kept.name.clone();
+    let bytes = sim.block_on(0, |core| async move {
+        let host = Host::on(&core, ReferencePolicy::Explicit);
+        let node = host.open(spec).await.map_err(|error| format!("open: {error}"))?;
+        // A disk with bitmaps does not go back.
+        for facts in node.bitmap_facts() {
+            let name = facts.name.unwrap_or_default();
+            let removed = node.remove_bitmap(&name).await;
+            removed.map_err(|error| format!("remove {name}: {error}"))?;
+        }
+        let all = node.format().abilities().snapshots.ok_or("no snapshots")?;
+        all.apply(&name).await.map_err(|error| format!("apply: {error}"))?;
+        let bytes = read_node(&node).await;
+        drop(all);
+        host.close().await.map_err(|error| format!("close: {error}"))?;
+        bytes
+    })?;
+    pattern::values(&bytes, 0)
+}
+
+/// Judges the bitmaps that the top of `chain` keeps.
+fn judge_stored(sim: &mut Sim, chain: &Chain, stored: Stored) -> Result<(), String> {
+    let spec = open_chain(chain, &NodeOptions::default(), false);
+    sim.block_on(0, |core| async move {
+        let host = Host::on(&core, ReferencePolicy::Explicit);
+        let node = host.open(spec).await.map_err(|error| format!("open: {error}"))?;
+        let judged = stored.judge(&node);
+        drop(node);
+        host.close().await.map_err(|error| format!("close: {error}"))?;
+        judged
+    })
 }
 
 /// All blocks of a chain.
@@ -196,8 +243,10 @@ fn peer_name(chain: &[Rc<Image>]) -> String {
         let (driver, name) = (image.driver(), &image.name);
         let backing =
             if driver == "raw" { String::new() } else { format!(r#","backing":{below}"#) };
-        let file = format!(r#"{{"driver":"file","filename":"{name}"}}"#);
-        below = format!(r#"{{"driver":"{driver}","file":{file}{backing}}}"#);
+        let file = |name: &str| format!(r#"{{"driver":"file","filename":"{name}"}}"#);
+        let data = image.data_name().map(|name| format!(r#","data-file":{}"#, file(&name)));
+        let (file, data) = (file(name), data.unwrap_or_default());
+        below = format!(r#"{{"driver":"{driver}","file":{file}{data}{backing}}}"#);
     }
     format!("json:{below}")
 }

@@ -36,6 +36,11 @@ impl Clock {
         self.now.get()
     }
 
+    /// The last tick.
+    pub(crate) fn now(&self) -> Tick {
+        self.now.get()
+    }
+
     /// A number that no write had before.
     pub(crate) fn value(&self) -> Value {
         self.values.set(self.values.get() + 1);
@@ -53,6 +58,19 @@ struct Change {
     durable: bool,
     /// Not a write: what a read found.
     seen: bool,
+    first: u32,
+    count: u32,
+}
+
+/// A change that guests made, as a recorder of changes sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark {
+    pub(crate) first: usize,
+    pub(crate) count: usize,
+    pub(crate) begin: Tick,
+    pub(crate) end: Tick,
+    /// Whether it certainly happened.
+    pub(crate) sure: bool,
 }
 
 /// Names a change of one disk.
@@ -70,7 +88,12 @@ pub(crate) struct Window {
 pub(crate) struct Ledger {
     clock: Rc<Clock>,
     changes: RefCell<Vec<Change>>,
+    /// Those behind the end keep what they had.
     blocks: RefCell<Vec<Vec<u32>>>,
+    /// Blocks of the disk.
+    len: Cell<usize>,
+    /// Blocks that it may have after a cut.
+    sizes: RefCell<Vec<usize>>,
     /// Pairs of overlapping writes: the first happened before the second.
     orders: RefCell<HashSet<(u32, u32)>>,
 }
@@ -78,28 +101,82 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// A disk of `blocks` zero blocks.
     pub(crate) fn new(clock: &Rc<Clock>, blocks: usize) -> Rc<Self> {
-        let zeroes = Change { value: 0, begin: 0, end: 0, sure: true, durable: true, seen: false };
+        let count = u32::try_from(blocks).expect("invariant: small");
+        let zeroes = Change {
+            value: 0,
+            begin: 0,
+            end: 0,
+            sure: true,
+            durable: true,
+            seen: false,
+            first: 0,
+            count,
+        };
         Rc::new(Self {
             clock: Rc::clone(clock),
             changes: RefCell::new(vec![zeroes]),
             blocks: RefCell::new(vec![vec![0]; blocks]),
+            len: Cell::new(blocks),
+            sizes: RefCell::new(vec![blocks]),
             orders: RefCell::default(),
         })
     }
 
     /// Number of blocks.
     pub(crate) fn len(&self) -> usize {
-        self.blocks.borrow().len()
+        self.len.get()
+    }
+
+    /// From now on nobody asks for blocks from `len` on.
+    pub(crate) fn leave(&self, len: usize) {
+        self.len.set(len);
+    }
+
+    /// The disk is about to get `len` blocks.
+    pub(crate) fn resizing(&self, len: usize) {
+        self.sizes.borrow_mut().push(len);
+    }
+
+    /// The disk has `len` blocks, durably; those that are gone or new are zeroes from now on.
+    pub(crate) fn resized(&self, len: usize) {
+        let known = self.blocks.borrow().len();
+        if len < known {
+            let id = self.begin(0, len, known - len);
+            self.end(id, true, true);
+        }
+        self.blocks.borrow_mut().resize(known.max(len), vec![0]);
+        self.clock.tick();
+        self.len.set(len);
+        *self.sizes.borrow_mut() = vec![len];
+    }
+
+    /// Whether a write behind `len` blocks was not answered, and never may be.
+    pub(crate) fn is_open_behind(&self, len: usize) -> bool {
+        let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());
+        let mut all = blocks[len..].iter().flatten().map(|index| &changes[*index as usize]);
+        all.any(|change| change.end == NEVER)
+    }
+
+    /// Everything that guests did, in no order.
+    pub(crate) fn each_change(&self, mut seen: impl FnMut(Mark)) {
+        for change in self.changes.borrow().iter().skip(1).filter(|change| !change.seen) {
+            let Change { begin, end, sure, first, count, .. } = *change;
+            let (first, count) = (first as usize, count as usize);
+            seen(Mark { first, count, begin, end, sure });
+        }
     }
 
     /// A change of blocks `first..first + count` to `value` begins.
     pub(crate) fn begin(&self, value: Value, first: usize, count: usize) -> ChangeId {
         let begin = self.clock.tick();
         let (end, sure, durable, seen) = (NEVER, false, false, false);
-        self.add(Change { value, begin, end, sure, durable, seen }, first, count)
+        let (at, many) = (number(first), number(count));
+        let change = Change { value, begin, end, sure, durable, seen, first: at, count: many };
+        self.add(change)
     }
 
-    fn add(&self, change: Change, first: usize, count: usize) -> ChangeId {
+    fn add(&self, change: Change) -> ChangeId {
+        let (first, count) = (change.first as usize, change.count as usize);
         let mut changes = self.changes.borrow_mut();
         changes.push(change);
         let id = changes.len() - 1;
@@ -222,9 +299,9 @@ impl Ledger {
         };
         if others {
             let Window { from, to } = window;
-            let seen =
-                Change { value, begin: from, end: to, sure: true, durable: false, seen: true };
-            self.add(seen, block, 1);
+            let first = number(block);
+            let (sure, durable, seen, count) = (true, false, true, 1);
+            self.add(Change { value, begin: from, end: to, sure, durable, seen, first, count });
         }
     }
 
@@ -270,6 +347,15 @@ impl Ledger {
 
     /// Judges what a power cut left now.
     pub(crate) fn survived(&self, values: &[Value]) -> Result<(), String> {
+        let sizes = self.sizes.borrow();
+        if !sizes.contains(&values.len()) {
+            return Err(format!("a disk of {sizes:?} blocks has {} now", values.len()));
+        }
+        let (values, new) =
+            values.split_at_checked(self.blocks.borrow().len()).unwrap_or((values, &[]));
+        if new.iter().any(|value| *value != 0) {
+            return Err("what was added is not zero".to_owned());
+        }
         for (block, value) in values.iter().enumerate() {
             let floor = self.floor_of(block, |change| change.sure && change.durable);
             if self.earliest(block, *value, floor, NEVER).is_none() {
@@ -287,6 +373,11 @@ impl Ledger {
         let floor = self.floor(block, window.from);
         self.earliest(block, value, floor, window.to).is_some()
     }
+}
+
+/// A small number as it is kept here.
+fn number(value: usize) -> u32 {
+    u32::try_from(value).expect("invariant: small")
 }
 
 #[cfg(test)]

@@ -7,11 +7,15 @@ use liveblk::engine::driver::sim::Rng;
 use liveblk::engine::node::{Node, NodeOptions};
 use liveblk::jobs::lifecycle::Verb;
 use liveblk::jobs::{
-    BackupSpec, CopyMode, JobError, JobOptions, MirrorSpec, SyncMode, start_backup, start_mirror,
+    BackupSpec, CopyMode, JobError, JobOptions, Kind, MirrorSpec, SyncMode, start_backup,
+    start_mirror,
 };
 use liveblk::{BackingSource, ErrorKind, Job, Status};
 
+use super::backups;
+use super::bitmaps;
 use super::chains;
+use super::changes;
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
 use super::ledger::{Tick, Window};
@@ -37,10 +41,15 @@ pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
             world.disks[disk].permit.acquire(1).await;
         }
         world.jobs_running.set(world.jobs_running.get() + 1);
+        let began = world.clock.tick();
         if both {
             together::run(&world, &mut rng).await;
         } else {
             alone(&world, index, &mut rng).await;
+        }
+        for disk in disks.clone() {
+            bitmaps::settle(&world, disk, began);
+            bitmaps::judge(&world, disk);
         }
         world.jobs_running.set(world.jobs_running.get() - 1);
         world.jobs_ended.set(world.jobs_ended.get() + 1);
@@ -52,7 +61,12 @@ pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
 
 async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let deep = world.chain(index).len() >= LAYERS_MAX;
-    match rng.below(15) {
+    match rng.below(26) {
+        15 | 16 => changes::resize(world, index, rng).await,
+        17 => changes::internal(world, index, rng).await,
+        18..21 => bitmaps::run(world, index, rng).await,
+        21..24 => backups::run(world, index, rng).await,
+        24 => changes::reopen(world, index, rng).await,
         _ if deep => mirror(world, index, rng, Ending::Complete).await,
         0..3 => backup(world, index, rng, 0).await,
         3..6 => mirror(world, index, rng, Ending::Complete).await,
@@ -86,7 +100,10 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
     let top = chain.pop()?;
     let below = world.disks[index].disk.node().backing()?;
     let name = world.name("target");
-    let image = Rc::new(Image { name, size: top.size, qcow2: Some(Qcow2::random(rng)) });
+    drop(top);
+    let size = world.disks[index].disk.size();
+    let qcow2 = Some(Qcow2::random(rng, chain.is_empty()));
+    let image = Rc::new(Image { name, size, qcow2 });
     world.make(&image, chain.last()).await;
     let options =
         NodeOptions { discard_unmap: true, direct: rng.chance(500), ..NodeOptions::default() };
@@ -101,7 +118,7 @@ async fn target_of_top(world: &World, index: usize, rng: &mut Rng) -> Option<Tar
 pub(crate) async fn target(world: &World, index: usize, what: &str, rng: &mut Rng) -> Target {
     let size = world.disks[index].disk.size();
     loop {
-        let qcow2 = rng.chance(800).then(|| Qcow2::random(rng));
+        let qcow2 = rng.chance(800).then(|| Qcow2::random(rng, true));
         let image = Rc::new(Image { name: world.name(what), size, qcow2 });
         world.make(&image, None).await;
         let options =
@@ -120,12 +137,18 @@ pub(crate) fn opened(result: Result<Rc<Node>, liveblk::HostError>) -> Option<Rc<
         Ok(node) => Some(node),
         Err(error) => {
             let text = error.to_string();
-            // The layer below may have been dropped by a job that ended meanwhile.
-            let planned = text.contains("flush") || text.contains("Cannot find device");
+            // The layer below may have been dropped by a job that ended meanwhile, or is between
+            // the layers of a commit that was called off.
+            let planned = ["flush", "Cannot find device", "cannot be used any more"];
+            let planned = planned.iter().any(|known| text.contains(known));
             assert!(planned, "a new image opens: {error}");
             None
         }
     }
+}
+
+pub(crate) fn copy_mode(rng: &mut Rng) -> CopyMode {
+    if rng.chance(400) { CopyMode::WriteBlocking } else { CopyMode::Background }
 }
 
 pub(crate) fn options(world: &World) -> JobOptions {
@@ -154,14 +177,19 @@ pub(crate) fn is_excused(world: &World, error: &JobError) -> bool {
 /// Runs a backup; sometimes something else of the disk begins and ends meanwhile.
 async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
     let source = world.disks[index].disk.node();
-    let Target { chain, node } = target(world, index, COPY, rng).await;
+    let top = if rng.chance(200) { target_of_top(world, index, rng).await } else { None };
+    let sync = if top.is_some() { SyncMode::Top } else { SyncMode::Full };
+    let Target { chain, node } = match top {
+        Some(target) => target,
+        None => target(world, index, COPY, rng).await,
+    };
     let spec = BackupSpec {
         job: options(world),
         source,
         target: Rc::clone(&node),
-        sync: SyncMode::Full,
+        sync,
         allow_larger_target: false,
-        compress: false,
+        compress: node.can_compress() && rng.chance(300),
         more: Default::default(),
     };
     let id = spec.job.id.clone();
@@ -182,6 +210,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
         }
         2..5 if nested < 2 => Box::pin(backup(world, index, rng, nested + 1)).await,
         5..8 => together::snapshots(world, &[index], rng).await,
+        8..10 => changes::grow(world, index, rng).await,
         _ => {}
     }
     match gone(world, &job).await {
@@ -201,6 +230,9 @@ pub(crate) async fn meddle(world: &Rc<World>, job: &Rc<Job>, rng: &mut Rng) {
     // The job may be gone before each of these.
     let _ = jobs.set_speed(job.id(), 1 << rng.below(24));
     let _ = jobs.block_job_verb(job.id(), Verb::Pause, false);
+    if job.kind() == Kind::Mirror {
+        let _ = jobs.change(job.id(), copy_mode(rng));
+    }
     world.core.sleep(rng.below(1_000_000)).await;
     let _ = jobs.block_job_verb(job.id(), Verb::Resume, false);
     world.core.sleep(rng.below(1_000_000)).await;
@@ -264,7 +296,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         source: Rc::clone(&source),
         target: Rc::clone(&node),
         sync,
-        copy_mode: CopyMode::Background,
+        copy_mode: copy_mode(rng),
         granularity: rng.chance(500).then(|| 512 << rng.below(9)),
         allow_larger_target: false,
         more: Default::default(),
@@ -285,7 +317,15 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         jobs.until(job.id(), |status| status == Status::Ready || status.is_completed()).await;
     }
     if job.status() == Status::Ready && ending != Ending::Abandon {
-        world.core.sleep(rng.below(1_000_000)).await;
+        world.core.sleep(rng.below(500_000)).await;
+        // Perhaps it failed already.
+        let _ = jobs.change(job.id(), copy_mode(rng));
+        if rng.chance(200) {
+            let _ = jobs.block_job_verb(job.id(), Verb::Pause, false);
+            world.core.sleep(rng.below(500_000)).await;
+            let _ = jobs.block_job_verb(job.id(), Verb::Resume, false);
+        }
+        world.core.sleep(rng.below(500_000)).await;
         return end_ready(world, index, &job, &id, target, ending).await;
     }
     match gone(world, &job).await {

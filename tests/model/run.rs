@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use liveblk::engine::buf::Pool;
 use liveblk::engine::driver::sim::{FaultRule, OpFilter, Rng, Sim, SimOpKind};
 
 use super::judge;
@@ -51,7 +52,9 @@ impl Settings {
 /// If something is wrong.
 pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
     let plan = Plan::new(seed);
-    let mut setup = Start::new(plan.clone());
+    // All worlds of a seed take their buffers from here: what is not filled shows foreign bytes.
+    let pool = Pool::new();
+    let mut setup = Start::new(plan.clone(), &pool);
     #[cfg(feature = "planted-bugs")]
     if let Some(bug) = settings.planted {
         liveblk::engine::planted::plant(&setup.sim.core(0), bug);
@@ -99,6 +102,7 @@ pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
         Ok(()) => world.disks.iter().for_each(|state| state.ledger.flushed(sent)),
         Err(error) => assert!(world.is_broken.get(), "the chains do not close: {error}"),
     }
+    world.is_closed.set(true);
     look(&sim, &world, 0, &mut outcome, false);
     outcome.trace = sim.trace_hash();
     outcome.requests = world.requests.get().into();
@@ -133,7 +137,7 @@ fn look(sim: &Sim, world: &World, number: u64, outcome: &mut Outcome, ask_peer: 
             agreed.unwrap_or_else(|wrong| panic!("after power cut {cut}: {wrong}"));
             outcome.peer += 1;
         }
-        let judged = judge::power_cut(world, fs, cut);
+        let judged = judge::power_cut(world, fs, cut, sim.core(0).pool());
         judged.unwrap_or_else(|wrong| panic!("after power cut {cut}: {wrong}"));
         outcome.cuts += 1;
     }

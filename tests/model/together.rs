@@ -98,8 +98,7 @@ async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Actio
     let node = base.name().to_string();
     let overlay = world.name("node");
     if rng.chance(500) {
-        let qcow2 = Qcow2 { version: 3, cluster_size: 64 << 10, refcount_order: 4 };
-        let image = Rc::new(Image { name, size, qcow2: Some(qcow2) });
+        let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::plain()) });
         let spec = SnapshotFile {
             node,
             file: image.path().into(),
@@ -111,7 +110,7 @@ async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Actio
     }
     let mut name = name;
     loop {
-        let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::random(rng)) });
+        let image = Rc::new(Image { name, size, qcow2: Some(Qcow2::random(rng, false)) });
         world.make(&image, world.chain(disk).last()).await;
         let options = NodeOptions {
             discard_unmap: rng.chance(700),
@@ -139,7 +138,7 @@ async fn backups(world: &Rc<World>, rng: &mut Rng) {
             target: target.node.name().to_string(),
             sync: SyncMode::Full,
             allow_larger_target: false,
-            compress: false,
+            compress: target.node.can_compress() && rng.chance(200),
             more: Default::default(),
         };
         on_success(world, &action.job.id, (disk, target.chain.clone()), &window);

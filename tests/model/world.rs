@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use liveblk::engine::buf::Pool;
 use liveblk::engine::driver::sim::{Rng, Sim, SimConfig, SimFs, SimOpKind};
 use liveblk::engine::executor::sync::Semaphore;
 use liveblk::engine::executor::{Class, Core};
@@ -11,6 +12,7 @@ use liveblk::engine::node::{NodeOptions, User};
 use liveblk::engine::storage::unlink;
 use liveblk::{Disk, Error, ErrorKind, Event, Host, WriteFlags};
 
+use super::bitmaps::Bitmap;
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::ledger::{Clock, Ledger, Tick, Window};
 use super::pattern::{self, BLOCK};
@@ -73,6 +75,32 @@ pub(crate) struct Kept {
     pub(crate) window: Window,
 }
 
+/// A snapshot inside an image: the disk as it was at one moment within `window`.
+#[derive(Clone, Debug)]
+pub(crate) struct Internal {
+    pub(crate) disk: usize,
+    /// The chain whose last image has it.
+    pub(crate) chain: Chain,
+    pub(crate) name: String,
+    pub(crate) window: Window,
+}
+
+impl Internal {
+    /// Whether it is in this image.
+    pub(crate) fn is_in(&self, image: &Rc<Image>) -> bool {
+        self.chain.last().is_some_and(|top| Rc::ptr_eq(top, image))
+    }
+}
+
+/// Backups that build on each other.
+#[derive(Clone, Debug)]
+pub(crate) struct Backups {
+    /// What they are, the first one first.
+    pub(crate) chain: Chain,
+    /// What was written since the last one.
+    pub(crate) bitmap: String,
+}
+
 /// Steps after which a world counts as hanging; a usual one takes 50,000.
 const STEPS_MAX: u64 = 2_000_000;
 
@@ -85,6 +113,12 @@ pub(crate) struct DiskState {
     pub(crate) ledger: Rc<Ledger>,
     /// The permit to run a job or take a snapshot.
     pub(crate) permit: Semaphore,
+    /// Bitmaps of the node that holds the disk.
+    pub(crate) bitmaps: RefCell<Vec<Bitmap>>,
+    /// Backups, each on the one before, and the bitmap that says what they lack.
+    pub(crate) backups: RefCell<Option<Backups>>,
+    /// Where the ranges of the guests' requests in flight end, in blocks.
+    pub(crate) reach: RefCell<Vec<usize>>,
     /// The chains one of which holds the disk now: two while a command is changing that.
     pub(crate) active: RefCell<Vec<Chain>>,
 }
@@ -97,6 +131,8 @@ pub(crate) struct World {
     pub(crate) clock: Rc<Clock>,
     pub(crate) disks: Vec<DiskState>,
     pub(crate) kept: RefCell<Vec<Kept>>,
+    /// Snapshots inside images, in the order of their making.
+    pub(crate) internal: RefCell<Vec<Internal>>,
     /// Images that exist and must be free of corruptions whenever the power is cut.
     pub(crate) images: RefCell<Vec<Rc<Image>>>,
     pub(crate) next_name: Cell<u32>,
@@ -107,6 +143,8 @@ pub(crate) struct World {
     pub(crate) jobs_running: Cell<u32>,
     pub(crate) jobs_ended: Cell<u32>,
     pub(crate) tasks: Cell<u32>,
+    /// All images were closed.
+    pub(crate) is_closed: Cell<bool>,
     /// An operation on a disk's own file may have failed: so may requests from now on.
     pub(crate) is_broken: Cell<bool>,
     /// Requests that began before this may fail for want of space.
@@ -120,7 +158,7 @@ impl Plan {
     pub(crate) fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let requests = 300 + number(rng.below(100));
-        let disks = if rng.chance(300) { 2 } else { 1 };
+        let disks = *rng.pick(&[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4]);
         let disks = (0..disks).map(|index| DiskPlan::random(&mut rng, index)).collect();
         let cuts = 2 + rng.below(3);
         let mut cuts: Vec<_> =
@@ -138,6 +176,11 @@ impl Plan {
             (number(rng.below(280)), kind)
         });
         Self { seed, requests, depth, disks, cuts, full, fault_at, broken_at }
+    }
+
+    /// Whether nothing fails.
+    pub(crate) fn is_peaceful(&self) -> bool {
+        self.full.is_none() && self.fault_at.is_none() && self.broken_at.is_none()
     }
 
     /// What happens, by the number of requests made before.
@@ -170,7 +213,7 @@ impl DiskPlan {
         let mut chain = Chain::new();
         for layer in 0..layers {
             let raw = layer == 0 && rng.chance(if layers == 1 { 50 } else { 300 });
-            let qcow2 = (!raw).then(|| Qcow2::random(rng));
+            let qcow2 = (!raw).then(|| Qcow2::random(rng, layer == 0));
             let shorter = layer + 1 < layers && rng.chance(100);
             let size = if shorter { size / 2 / BLOCK as u64 * BLOCK as u64 } else { size };
             let name = format!("disk{disk}-{layer}.img");
@@ -238,13 +281,13 @@ pub(crate) struct Start {
 
 impl Start {
     /// Makes the disks of `plan`.
-    pub(crate) fn new(plan: Plan) -> Self {
+    pub(crate) fn new(plan: Plan, pool: &Pool) -> Self {
         let clock = Rc::new(Clock::default());
         let ledgers: Vec<_> =
             plan.disks.iter().map(|disk| Ledger::new(&clock, disk.blocks())).collect();
-        let fs = Self::make_images(&plan, &clock, &ledgers);
+        let fs = Self::make_images(&plan, &clock, &ledgers, pool);
         let config = SimConfig { steps_max: STEPS_MAX, ..SimConfig::new(plan.seed) };
-        let sim = Sim::with_fs(config, fs);
+        let sim = Sim::with_pool(config, fs, pool.clone());
         Self { sim, plan, clock, ledgers }
     }
 
@@ -255,8 +298,10 @@ impl Start {
         self.sim.block_on(0, |core| World::open(core, plan, clock, ledgers))
     }
 
-    fn make_images(plan: &Plan, clock: &Rc<Clock>, ledgers: &[Rc<Ledger>]) -> SimFs {
-        let mut sim = Sim::new(SimConfig::new(plan.seed).calm());
+    fn make_images(plan: &Plan, clock: &Rc<Clock>, ledgers: &[Rc<Ledger>], pool: &Pool) -> SimFs {
+        let config = SimConfig::new(plan.seed).calm();
+        let fs = SimFs::new(config.fs.clone());
+        let mut sim = Sim::with_pool(config, fs, pool.clone());
         for (index, (disk, ledger)) in plan.disks.iter().zip(ledgers).enumerate() {
             let rng = Rng::new(plan.seed ^ (index as u64 + 1) << 40);
             let (disk, ledger, clock) = (disk.clone(), Rc::clone(ledger), Rc::clone(clock));
@@ -282,6 +327,9 @@ impl World {
                 disk: attached,
                 ledger,
                 permit: Semaphore::new(&core, 1),
+                bitmaps: RefCell::default(),
+                backups: RefCell::default(),
+                reach: RefCell::default(),
                 active: RefCell::new(vec![disk.chain.clone()]),
             });
         }
@@ -292,6 +340,7 @@ impl World {
             clock,
             disks,
             kept: RefCell::default(),
+            internal: RefCell::default(),
             images: RefCell::new(images),
             next_name: Cell::new(0),
             requests: Cell::new(0),
@@ -300,6 +349,7 @@ impl World {
             jobs_running: Cell::new(0),
             jobs_ended: Cell::new(0),
             tasks: Cell::new(0),
+            is_closed: Cell::new(false),
             is_broken: Cell::new(false),
             full_until: Cell::new(0),
             at_success: RefCell::default(),
@@ -365,7 +415,10 @@ impl World {
             match image.create(&self.core, backing.map(|image| &**image)).await {
                 Ok(()) => break,
                 Err(error) if self.is_planned(&error) => {
-                    unlink(&self.core, image.path().as_ref()).await.expect("a file is removed");
+                    for path in image.paths() {
+                        // The second of two files may not have been made.
+                        let _ = unlink(&self.core, path.as_ref()).await;
+                    }
                     self.core.sleep(200_000).await;
                 }
                 Err(error) => panic!("no new image: {error}"),
