@@ -7,7 +7,7 @@
 //! end; after a cut everything flushed is there, nothing foreign appears, no image is corrupt, and
 //! what a job said to be complete is complete.
 //!
-//! `LIVEBLK_SEED=N cargo test --release --test model -- --nocapture` replays one seed;
+//! `LIVEBLK_SEED=N cargo test --test model -- --nocapture` replays one seed;
 //! `LIVEBLK_SEEDS=N` and `LIVEBLK_FIRST_SEED=N` choose how many, from which. Only
 //! `LIVEBLK_SECONDS=N` bounds the time; without it a run that does not get to its last seed has
 //! failed.
@@ -60,7 +60,7 @@ fn run_seed(seed: u64, settings: Settings) -> Option<Outcome> {
     let outcome = catch_unwind(|| run::run(seed, settings)).ok();
     if outcome.is_none() {
         println!(
-            "seed {seed} FAILED; replay: LIVEBLK_SEED={seed} cargo test --release --test model -- \
+            "seed {seed} FAILED; replay: LIVEBLK_SEED={seed} cargo test --test model -- \
              --nocapture"
         );
     }
