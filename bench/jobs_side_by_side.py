@@ -81,7 +81,8 @@ class Setting:
         driver, size = self.driver, self.size
         if self.kind in ("backup", "mirror", "write-blocking"):
             # the guest writes: a copy, so that each run begins alike
-            source = shutil.copyfile(self.image, self.path("source"))
+            source = self.path("source")
+            subprocess.run(["cp", "--sparse=always", self.image, source], check=True)
             self.open("s", source, driver)
             self.open("t", empty(self.path("target"), driver, size), driver)
             return (self.path("target"), driver), "s"
