@@ -37,6 +37,8 @@ static ADDITIONS: &[&str] = &[
     "transaction</actions[]/+blockdev-backup/data/on-cbw-error? =break-guest-write",
     "transaction</actions[]/+blockdev-backup/data/on-cbw-error? =break-snapshot",
     "transaction</actions[]/+blockdev-backup/data/on-cbw-error? enum",
+    "transaction</actions[]/type =block-commit",
+    "transaction</actions[]/type =block-stream",
     "transaction</actions[]/type =blockdev-mirror",
     "transaction</actions[]/type =drive-mirror",
 ];
@@ -44,6 +46,8 @@ static ADDITIONS: &[&str] = &[
 /// Branches that the peer does not have: all that begins so.
 static ADDED_BRANCHES: &[&str] = &[
     "blockdev-create</options/+raw/",
+    "transaction</actions[]/+block-commit",
+    "transaction</actions[]/+block-stream",
     "transaction</actions[]/+blockdev-mirror",
     "transaction</actions[]/+drive-mirror",
 ];

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use liveblk_engine::executor::Core;
 
+use crate::commit::{CommitSpec, prepare_commit};
 use crate::drive::{DriveTarget, OpenedTarget, backing_of};
 use crate::error::Result;
 use crate::mirror::prepare_mirror;
@@ -13,6 +14,7 @@ use crate::spec::{
     BackupOptions, BackupSpec, CopyMode, JobOptions, MirrorOptions, MirrorSpec, SyncMode,
 };
 use crate::start::Prepared;
+use crate::stream::{StreamSpec, StreamTo, prepare_stream};
 use crate::txn::JobTxn;
 
 /// A backup in a transaction.
@@ -121,6 +123,112 @@ impl MirrorAction {
             more,
         };
         with_target(core, prepare_mirror(spec, txn), opened).await
+    }
+}
+
+/// A stream in a transaction.
+#[derive(Clone, Debug)]
+pub struct StreamAction {
+    /// Common options.
+    pub job: JobOptions,
+    /// The node that is filled, by name.
+    pub node: String,
+    /// The last node that is not copied, by name.
+    pub base: Option<String>,
+    /// The last node that is copied, by name; looked at only without a base.
+    pub bottom: Option<String>,
+    /// The string for the header instead of the base's file name.
+    pub backing_file: Option<String>,
+    /// Write the format "raw" where the base is a plain file.
+    pub mask_protocol: bool,
+    /// The name under which queries show the job's filter node.
+    pub filter_name: Option<String>,
+}
+
+/// A commit in a transaction.
+#[derive(Clone, Debug)]
+pub struct CommitAction {
+    /// Common options.
+    pub job: JobOptions,
+    /// The node at the head of the chain, by name.
+    pub device: String,
+    /// The first layer that is committed, by node name.
+    pub top: String,
+    /// The layer that everything goes into, by node name.
+    pub base: String,
+    /// The string for the headers of the overlays instead of the base's file name.
+    pub backing_file: Option<String>,
+    /// Write the format "raw" where the base is a plain file.
+    pub mask_protocol: bool,
+    /// The name under which queries show the job's filter node.
+    pub filter_name: Option<String>,
+}
+
+impl StreamAction {
+    /// `spec` with its nodes by name.
+    pub fn of(spec: StreamSpec) -> Self {
+        let (base, bottom) = match &spec.to {
+            StreamTo::End => (None, None),
+            StreamTo::Base(base) => (Some(base.name().to_string()), None),
+            StreamTo::Bottom(bottom) => (None, Some(bottom.name().to_string())),
+        };
+        Self {
+            node: spec.node.name().to_string(),
+            base,
+            bottom,
+            job: spec.job,
+            backing_file: spec.backing_file,
+            mask_protocol: spec.mask_protocol,
+            filter_name: spec.filter_name,
+        }
+    }
+
+    /// Prepares the stream.
+    pub(crate) async fn prepare(self, core: &Core, txn: &Rc<JobTxn>) -> Result<Prepared> {
+        let node = find(core, &self.node, &self.node)?;
+        let to = match (&self.base, &self.bottom) {
+            (Some(base), _) => StreamTo::Base(find(core, "", base)?),
+            (None, Some(bottom)) => StreamTo::Bottom(find(core, "", bottom)?),
+            (None, None) => StreamTo::End,
+        };
+        let spec = StreamSpec {
+            node,
+            to,
+            job: self.job,
+            backing_file: self.backing_file,
+            mask_protocol: self.mask_protocol,
+            filter_name: self.filter_name,
+        };
+        prepare_stream(spec, txn).await
+    }
+}
+
+impl CommitAction {
+    /// `spec` with its nodes by name.
+    pub fn of(spec: CommitSpec) -> Self {
+        Self {
+            device: spec.device.name().to_string(),
+            top: spec.top.name().to_string(),
+            base: spec.base.name().to_string(),
+            job: spec.job,
+            backing_file: spec.backing_file,
+            mask_protocol: spec.mask_protocol,
+            filter_name: spec.filter_name,
+        }
+    }
+
+    /// Prepares the commit.
+    pub(crate) async fn prepare(self, core: &Core, txn: &Rc<JobTxn>) -> Result<Prepared> {
+        let spec = CommitSpec {
+            device: find(core, &self.device, &self.device)?,
+            top: find(core, "", &self.top)?,
+            base: find(core, "", &self.base)?,
+            job: self.job,
+            backing_file: self.backing_file,
+            mask_protocol: self.mask_protocol,
+            filter_name: self.filter_name,
+        };
+        prepare_commit(spec, txn).await
     }
 }
 

@@ -125,6 +125,13 @@ impl Drop for Section {
     }
 }
 
+impl Copy {
+    /// The section of a chain that the copies work on, if that is what they hold.
+    pub(crate) fn section(&self) -> Option<Rc<Section>> {
+        self.hold().and_then(|hold| hold.downcast().ok())
+    }
+}
+
 /// The nodes from `node` down, itself first.
 pub(crate) fn chain_of(node: &Rc<Node>) -> Vec<Rc<Node>> {
     let mut nodes = vec![Rc::clone(node)];

@@ -47,6 +47,9 @@ pub enum ChainError {
     NoBase,
     /// A backing file is given, but nothing will refer to it.
     ActiveLayer,
+    /// The node is the overlay of a snapshot in the same transaction: what lies below it is not
+    /// there yet.
+    NewOverlay(Box<str>),
 }
 
 impl fmt::Display for ChainError {
@@ -79,6 +82,10 @@ impl fmt::Display for ChainError {
             Self::ActiveLayer => {
                 f.write_str("'backing-file' specified, but 'top' is the active layer")
             }
+            Self::NewOverlay(node) => write!(
+                f,
+                "Node '{node}' gets its backing node by this transaction: start the job after it"
+            ),
         }
     }
 }

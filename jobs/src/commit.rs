@@ -22,7 +22,7 @@ use crate::chain::{
     Section, chain_of, check_section, close_dropped, reference_to, with_section, write_reference,
 };
 use crate::chain_error::ChainError;
-use crate::commit_active;
+use crate::commit_active::prepare_active;
 use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Layers};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
@@ -103,18 +103,23 @@ impl CommitSpec {
 /// # Errors
 /// What cannot work, with the peer's texts; no job is left then.
 pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
+    prepare_commit(spec, &JobTxn::new()).await?.start().await
+}
+
+/// All of a start that comes before the job's task runs.
+pub(crate) async fn prepare_commit(spec: CommitSpec, txn: &Rc<JobTxn>) -> Result<Prepared> {
     spec.check()?;
     let nodes = spec.nodes()?;
     if spec.is_active() {
         check_filter(&Graph::of(spec.top.core()), spec.filter_name.as_deref())?;
-        return commit_active::start(spec, nodes).await;
+        return prepare_active(spec, nodes, txn).await;
     }
     let manager = JobManager::of(spec.top.core());
     let graph = Graph::of(spec.top.core());
     let mut held = graph.overlays(&spec.top);
     held.extend(nodes.iter().cloned());
     check_section(&manager, &held)?;
-    let job = manager.create(Kind::Commit, spec.job.clone(), &JobTxn::new())?;
+    let job = manager.create(Kind::Commit, spec.job.clone(), txn)?;
     job.set_section(held.iter().map(|node| node.id()).collect());
     let section = Section::new(&graph);
     let idle = vouch(&section, &graph, &nodes);
@@ -129,7 +134,7 @@ pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
         manager.withdraw(&job);
         return Err(error);
     }
-    Ok(prepare(job, spec, section, Lot { nodes, idle })?.commit())
+    prepare(job, spec, section, Lot { nodes, idle })
 }
 
 /// Checks the name of a filter.

@@ -29,15 +29,19 @@ use crate::manager::JobManager;
 use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
 use crate::txn::JobTxn;
 
-/// Starts an active commit over `nodes`, from the top to the base.
-pub(crate) async fn start(spec: CommitSpec, nodes: Vec<Rc<Node>>) -> Result<Rc<Job>> {
+/// All of a start over `nodes`, from the top to the base, that comes before the cut.
+pub(crate) async fn prepare_active(
+    spec: CommitSpec,
+    nodes: Vec<Rc<Node>>,
+    txn: &Rc<JobTxn>,
+) -> Result<Prepared> {
     let manager = JobManager::of(spec.top.core());
     for node in &nodes {
         if let Some(kind) = manager.any_user(node.id()) {
             return Err(JobError::BusyWithJob { node: (*node.name()).into(), kind: kind.name() });
         }
     }
-    let job = manager.create(Kind::Commit, spec.job.clone(), &JobTxn::new())?;
+    let job = manager.create(Kind::Commit, spec.job.clone(), txn)?;
     job.set_nodes(spec.top.id(), spec.base.id());
     job.set_section(nodes.iter().map(|node| node.id()).collect());
     let graph = Graph::of(job.core());
@@ -48,7 +52,7 @@ pub(crate) async fn start(spec: CommitSpec, nodes: Vec<Rc<Node>>) -> Result<Rc<J
         manager.withdraw(&job);
         return Err(error);
     }
-    prepare(job, spec, section, Lot { nodes, idle })?.start().await
+    prepare(job, spec, section, Lot { nodes, idle })
 }
 
 fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Result<Prepared> {
@@ -106,7 +110,7 @@ impl Active {
         self.catch_up().await?;
         self.copy.job().become_ready();
         self.follow().await?;
-        if self.copy.job().options().auto_finalize {
+        if self.copy.job().options().auto_finalize && !self.copy.job().txn().is_group() {
             self.end().await?;
             return Ok(None);
         }

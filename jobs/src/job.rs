@@ -302,6 +302,10 @@ impl Job {
         self.pivot.replace(Some(pivot));
     }
 
+    pub(crate) fn has_pivot(&self) -> bool {
+        self.pivot.borrow().is_some()
+    }
+
     pub(crate) fn take_pivot(&self) -> Option<Pivot> {
         self.pivot.take()
     }

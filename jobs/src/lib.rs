@@ -47,7 +47,9 @@ pub mod stream;
 pub mod transaction;
 mod txn;
 
-pub use actions::{BackupAction, MirrorAction, start_drive_backup, start_drive_mirror};
+pub use actions::{
+    BackupAction, CommitAction, MirrorAction, StreamAction, start_drive_backup, start_drive_mirror,
+};
 pub use amend::{Amendment, start_amend};
 pub use backup::start_backup;
 pub use bitmap_use::BitmapChoice;

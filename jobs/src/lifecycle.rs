@@ -366,23 +366,14 @@ impl Life {
     pub fn cancel(&mut self, force: bool) -> Effect {
         let ready = matches!(self.status, Status::Ready | Status::Standby);
         let finished = self.status.is_completed();
-        let force = force || !(ready || finished);
+        // Work that is done has no softer end than none: the result is given up, as by the peer.
+        let force = force || !ready;
         if self.user_paused {
             self.end_user_pause();
         }
-        match (force, finished) {
-            (true, true) => {
-                self.ending = Ending::Force;
-                Effect::AbortFinished
-            }
-            // A soft cancel of work that is done changes nothing.
-            (false, true) => Effect::Allowed,
-            (force, false) => {
-                let asked = if force { Ending::Force } else { Ending::Copy };
-                self.ending = self.ending.max(asked);
-                Effect::Wake
-            }
-        }
+        let asked = if force { Ending::Force } else { Ending::Copy };
+        self.ending = self.ending.max(asked);
+        if finished { Effect::AbortFinished } else { Effect::Wake }
     }
 
     /// The job stops itself after a failure; only the user's resume lets it go on.
@@ -536,7 +527,8 @@ mod tests {
         life.cancel(true);
         assert_eq!(life.ending(), Ending::Force);
         let mut life = life_at(Status::Pending);
-        assert_eq!(life.cancel(false), Effect::Allowed);
+        assert_eq!((life.cancel(false), life.ending()), (Effect::AbortFinished, Ending::Force));
+        let mut life = life_at(Status::Waiting);
         assert_eq!(life.cancel(true), Effect::AbortFinished);
     }
 

@@ -310,8 +310,13 @@ impl JobManager {
         }
         let (manager, txn) = (Self::of(&self.core), Rc::clone(txn));
         drop(self.core.spawn(Class::Background, async move {
-            let members = txn.members();
-            let pivots = members.iter().filter_map(|job| Some((Rc::clone(job), job.take_pivot()?)));
+            // What moves guests comes last: nothing can fail after it.
+            let (movers, others): (Vec<_>, Vec<_>) =
+                txn.members().into_iter().partition(|job| job.has_pivot());
+            if !manager.take_last_steps(others).await {
+                return;
+            }
+            let pivots = movers.iter().filter_map(|job| Some((Rc::clone(job), job.take_pivot()?)));
             let pivots: Vec<_> = pivots.collect();
             if let Err((job, error)) = pivot_together(&manager.core, &pivots).await {
                 if job.status() == Status::Pending {
@@ -320,18 +325,26 @@ impl JobManager {
                 return;
             }
             drop(pivots);
-            for job in members {
-                let Some(step) = job.take_last_step() else { continue };
-                let result = step.await;
-                if job.status() != Status::Pending {
-                    return;
-                }
-                if let Err(error) = result {
-                    return manager.abort(&job, error);
-                }
+            if manager.take_last_steps(movers).await {
+                manager.end_well(&txn);
             }
-            manager.end_well(&txn);
         }));
+    }
+
+    /// Does what is left to do for each job; false if the jobs are not to end well any more.
+    async fn take_last_steps(&self, jobs: Vec<Rc<Job>>) -> bool {
+        for job in jobs {
+            let Some(step) = job.take_last_step() else { continue };
+            let result = step.await;
+            if job.status() != Status::Pending {
+                return false;
+            }
+            if let Err(error) = result {
+                self.abort(&job, error);
+                return false;
+            }
+        }
+        true
     }
 
     fn end_well(&self, txn: &Rc<JobTxn>) {

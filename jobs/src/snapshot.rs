@@ -184,6 +184,11 @@ async fn open(core: &Core, spec: &SnapshotFile, path: &Path, base: &Rc<Node>) ->
 }
 
 impl PreparedSnapshot {
+    /// The node that guests will be at.
+    pub(crate) fn overlay(&self) -> &Rc<Node> {
+        &self.overlay
+    }
+
     /// The nodes that the cut must hold still.
     pub(crate) fn nodes(&self) -> Vec<NodeId> {
         vec![self.base.id(), self.overlay.id()]

@@ -71,6 +71,11 @@ impl HookSlot {
         self.at_start.replace(Some(what));
     }
 
+    /// Whether guests' writes do not concern the job: then its start needs no cut.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.hook.is_none()
+    }
+
     /// Only inside a cut of the node.
     pub(crate) fn install(&self) {
         if let Some(what) = self.at_start.take() {
@@ -155,18 +160,25 @@ impl Prepared {
     /// Takes back a job whose hook never was installed.
     pub(crate) async fn abort(self) {
         let job = self.job();
+        let section = self.copy.section();
         self.copy.kill();
         if let Some(manager) = job.manager() {
             manager.call_off(&job);
         }
+        drop((self.copy, self.slot, self.body));
+        if let Some(section) = section {
+            section.end().await;
+        }
         if let Some(opened) = self.opened {
-            drop((self.copy, self.slot, self.body));
             opened.abort(job.core()).await;
         }
     }
 
     /// Starts a job that a command asked for alone.
     pub(crate) async fn start(self) -> Result<Rc<Job>> {
+        if self.slot.is_empty() {
+            return Ok(self.commit());
+        }
         let slot = Rc::clone(&self.slot);
         let part = cut_of(self.copy.source(), Swap::Local(Box::new(move |_| slot.install())));
         match cut(self.job().core(), vec![part], CUT_WAIT_NS).await {

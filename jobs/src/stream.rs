@@ -85,10 +85,15 @@ impl StreamSpec {
 /// # Errors
 /// What cannot work, with the peer's texts; no job is left then.
 pub async fn start_stream(spec: StreamSpec) -> Result<Rc<Job>> {
+    prepare_stream(spec, &JobTxn::new()).await?.start().await
+}
+
+/// All of a start that comes before the job's task runs.
+pub(crate) async fn prepare_stream(spec: StreamSpec, txn: &Rc<JobTxn>) -> Result<Prepared> {
     let nodes = section_of(&spec)?;
     let manager = JobManager::of(spec.node.core());
     check_section(&manager, &nodes)?;
-    let job = manager.create(Kind::Stream, spec.job.clone(), &JobTxn::new())?;
+    let job = manager.create(Kind::Stream, spec.job.clone(), txn)?;
     job.set_section(nodes.iter().map(|node| node.id()).collect());
     let section = Section::new(&Graph::of(job.core()));
     if let Err(error) = hold(&section, &job, &nodes).await {
@@ -96,7 +101,7 @@ pub async fn start_stream(spec: StreamSpec) -> Result<Rc<Job>> {
         manager.withdraw(&job);
         return Err(error);
     }
-    Ok(prepare(job, spec, section, nodes)?.commit())
+    prepare(job, spec, section, nodes)
 }
 
 /// The node and everything below it whose content moves; the node alone if there is nothing to do.

@@ -1,4 +1,5 @@
-//! Transactions: snapshots, backups and changes of dirty bitmaps at one instant, all or nothing.
+//! Transactions: snapshots, starts of jobs and changes of dirty bitmaps at one instant, all or
+//! nothing.
 //!
 //! Order: (1) checks; (2) prepare every action in list order, each on the core of its node (files
 //! are created, nothing that runs is touched); (3) publish the new files; (4) one cut over all
@@ -18,8 +19,9 @@ use liveblk_engine::executor::{Class, Core, CoreId};
 use liveblk_engine::graph::{BeforeSwap, CutPart, Graph, Swap, cut};
 use liveblk_engine::node::NodeId;
 
-use crate::actions::{BackupAction, MirrorAction};
+use crate::actions::{BackupAction, CommitAction, MirrorAction, StreamAction};
 use crate::bitmaps::{BitmapAction, PreparedBitmap};
+use crate::chain_error::ChainError;
 use crate::drive::DriveTarget;
 use crate::error::{JobError, Result};
 use crate::internal::{self, InternalSnapshot, PreparedInternal};
@@ -64,15 +66,21 @@ pub enum Action {
     Mirror(MirrorAction),
     /// `drive-mirror`.
     DriveMirror(MirrorAction, DriveTarget),
+    /// `block-stream`.
+    Stream(StreamAction),
+    /// `block-commit`, of intermediate layers and of the one that guests write.
+    Commit(CommitAction),
 }
 
 impl Action {
     /// Whether it starts a job.
     const fn starts_job(&self) -> bool {
-        matches!(
-            self,
-            Self::Backup(_) | Self::DriveBackup(..) | Self::Mirror(_) | Self::DriveMirror(..)
-        )
+        match self {
+            Self::Backup(_) | Self::DriveBackup(..) | Self::Stream(_) | Self::Commit(_) => true,
+            Self::Mirror(_) | Self::DriveMirror(..) => true,
+            Self::Abort | Self::Bitmap(_) => false,
+            Self::Snapshot { .. } | Self::SnapshotFile(_) | Self::InternalSnapshot(_) => false,
+        }
     }
 
     /// The name in QMP.
@@ -87,6 +95,8 @@ impl Action {
             Self::DriveBackup(..) => "drive-backup",
             Self::Mirror(_) => "blockdev-mirror",
             Self::DriveMirror(..) => "drive-mirror",
+            Self::Stream(_) => "block-stream",
+            Self::Commit(_) => "block-commit",
         }
     }
 }
@@ -153,6 +163,7 @@ impl Step {
         match self {
             Self::Snapshot(snapshot) => snapshot.nodes(),
             Self::Internal(snapshot) => snapshot.nodes(),
+            Self::Job(job) if job.slot.is_empty() => Vec::new(),
             Self::Job(job) => vec![job.copy.source().id()],
             Self::Bitmap(bitmap) => bitmap.nodes(),
         }
@@ -255,6 +266,14 @@ async fn prepare(core: &Core, number: u64, grouped: bool, action: Action) -> Res
         Action::DriveMirror(mirror, file) => {
             Step::Job(mirror.prepare(core, Some(file), &txn()).await?)
         }
+        Action::Stream(stream) => {
+            staged.check_no_overlay(number, &stream.node)?;
+            Step::Job(stream.prepare(core, &txn()).await?)
+        }
+        Action::Commit(commit) => {
+            staged.check_no_overlay(number, &commit.device)?;
+            Step::Job(commit.prepare(core, &txn()).await?)
+        }
         Action::Bitmap(action) => Step::Bitmap(PreparedBitmap::new(core, action).await?),
     };
     let nodes = step.nodes();
@@ -267,6 +286,20 @@ impl Staged {
     fn group(&self, number: u64) -> Rc<JobTxn> {
         let mut sets = self.sets.borrow_mut();
         Rc::clone(sets.entry(number).or_default().group.get_or_insert_with(JobTxn::new))
+    }
+
+    /// Refuses a job on a chain whose head gets what lies below it only by this transaction.
+    fn check_no_overlay(&self, number: u64, name: &str) -> Result<()> {
+        let sets = self.sets.borrow();
+        let mut steps = sets.get(&number).into_iter().flat_map(|set| &set.steps);
+        let is_new = |step: &Step| match step {
+            Step::Snapshot(snapshot) => &*snapshot.overlay().name() == name,
+            _ => false,
+        };
+        if steps.any(is_new) {
+            return Err(ChainError::NewOverlay(name.into()).into());
+        }
+        Ok(())
     }
 }
 

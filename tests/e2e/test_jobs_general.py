@@ -128,6 +128,7 @@ async def verbs_on_a_ready_and_a_standby_job(world):
 @case("pair")
 async def verbs_on_a_pending_and_a_concluded_job(world):
     for name, end in (("a", ("job-finalize", "id", {})), ("b", ("job-cancel", "id", {})),
-                      ("c", ("block-job-finalize", "id", {}))):
+                      ("c", ("block-job-finalize", "id", {})),
+                      ("d", ("block-job-cancel", "device", {}))):
         sub = world.sub(name, world.kind)
         await compared(sub, lambda w, end=end: pending(w, end), f"pending, then {end[0]}")

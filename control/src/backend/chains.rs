@@ -19,6 +19,12 @@ use crate::schema::{BlockCommit, BlockStream, ChainJob};
 impl Control {
     /// `block-stream`.
     pub(super) async fn stream(&self, stream: BlockStream) -> Result<()> {
+        start_stream(self.stream_spec(stream)?).await?;
+        Ok(())
+    }
+
+    /// A stream with its nodes found and checked.
+    pub(super) fn stream_spec(&self, stream: BlockStream) -> Result<StreamSpec> {
         let BlockStream { job, bottom } = stream;
         exclusive(&[("base", &job.base), ("base-node", &job.base_node)], true)?;
         exclusive(&[("base", &job.base), ("bottom", &bottom)], true)?;
@@ -43,12 +49,17 @@ impl Control {
             let free = self.graph.check_name(name);
             free.map_err(|error| Failure::generic(format!("Could not create node: {error}")))?;
         }
-        start_stream(spec).await?;
-        Ok(())
+        Ok(spec)
     }
 
     /// `block-commit`.
     pub(super) async fn commit(&self, commit: BlockCommit) -> Result<()> {
+        start_commit(self.commit_spec(commit)?).await?;
+        Ok(())
+    }
+
+    /// A commit with its nodes found.
+    pub(super) fn commit_spec(&self, commit: BlockCommit) -> Result<CommitSpec> {
         let BlockCommit { job, top_node, top } = commit;
         // Clients probe for this class; it comes before everything else.
         let device = self.graph.find(&job.device);
@@ -70,7 +81,7 @@ impl Control {
             (_, Some(file)) => below_by_file(&top, file)?,
             (None, None) => deepest(&top),
         };
-        let spec = CommitSpec {
+        Ok(CommitSpec {
             job: job_options(&job),
             device,
             top,
@@ -78,9 +89,7 @@ impl Control {
             backing_file: job.backing_file,
             mask_protocol: job.backing_mask_protocol,
             filter_name: job.filter_node_name,
-        };
-        start_commit(spec).await?;
-        Ok(())
+        })
     }
 
     /// A node that an argument names as node, not as device.

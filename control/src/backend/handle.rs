@@ -2,7 +2,7 @@
 //!
 //! Owns: the engine. Promises: nothing here blocks, except what start-up calls on purpose.
 
-use liveblk_engine::executor::{CoreId, Engine, EngineConfig, Handle};
+use liveblk_engine::executor::{Core, CoreId, Engine, EngineConfig, Handle};
 use liveblk_engine::format::ReferencePolicy;
 use liveblk_engine::graph::{Graph, GraphConfig};
 use liveblk_formats::reference::resolve_reference;
@@ -76,6 +76,15 @@ impl EngineBackend {
             self.handle.run(HOME, |core| async move { Control::of(&core).shut_down().await });
         answer.wait().unwrap_or_else(|| Err(gone())).map(|_| ())
     }
+}
+
+/// Executes a command on the core of the caller, on the graph and the jobs of that core: for hosts
+/// that run the engine themselves.
+///
+/// # Errors
+/// Why it failed, with its class.
+pub async fn execute_on(core: &Core, command: Command) -> Result<Value, Failure> {
+    Control::of(core).execute(command).await
 }
 
 impl Backend for EngineBackend {

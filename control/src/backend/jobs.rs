@@ -9,9 +9,9 @@ use liveblk_engine::executor::CoreId;
 use liveblk_engine::node::{Node, User};
 use liveblk_jobs::{
     Action, Amendment, BackupAction, BackupOptions, BackupSpec, BitmapChoice, BitmapMode,
-    CompletionMode, CopyMode, DriveTarget, JobOptions, MirrorAction, MirrorOptions, MirrorSpec,
-    NewImageMode, OnCbwError, OnError, SnapshotFile, SyncMode, start_amend, start_backup,
-    start_drive_backup, start_drive_mirror, start_mirror,
+    CommitAction, CompletionMode, CopyMode, DriveTarget, JobOptions, MirrorAction, MirrorOptions,
+    MirrorSpec, NewImageMode, OnCbwError, OnError, SnapshotFile, StreamAction, SyncMode,
+    start_amend, start_backup, start_drive_backup, start_drive_mirror, start_mirror,
 };
 
 use super::bitmaps::bitmap_action;
@@ -228,6 +228,12 @@ impl Control {
                 let mut mirror = self.mirror_action(drive.job)?;
                 mirror.more.keep_zeroes = !drive.file.unmap;
                 Ok(Action::DriveMirror(mirror, file))
+            }
+            TransactionAction::Stream(stream) => {
+                Ok(Action::Stream(StreamAction::of(self.stream_spec(*stream)?)))
+            }
+            TransactionAction::Commit(commit) => {
+                Ok(Action::Commit(CommitAction::of(self.commit_spec(*commit)?)))
             }
         }
     }

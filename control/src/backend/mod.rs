@@ -29,5 +29,5 @@ mod sockets;
 mod verbs;
 
 pub use errors::Failure;
-pub use handle::{EngineBackend, Settings};
+pub use handle::{EngineBackend, Settings, execute_on};
 pub use image_opts::ImageOpts;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::bitmaps::{self, BitmapChange};
+use super::chains::{BlockCommit, BlockStream, COMMIT, STREAM};
 use super::jobs::{
     BACKUP, BlockdevBackup, BlockdevMirror, DRIVE_BACKUP, DRIVE_MIRROR, Drive, MIRROR,
 };
@@ -16,12 +17,14 @@ static ACTION_KIND: EnumType = words(
     "TransactionActionKind",
     &[
         "abort",
+        "block-commit",
         "block-dirty-bitmap-add",
         "block-dirty-bitmap-remove",
         "block-dirty-bitmap-clear",
         "block-dirty-bitmap-enable",
         "block-dirty-bitmap-disable",
         "block-dirty-bitmap-merge",
+        "block-stream",
         "blockdev-backup",
         "blockdev-mirror",
         "blockdev-snapshot",
@@ -70,6 +73,10 @@ static DRIVE_BACKUP_WRAPPER: ObjectType =
     object("DriveBackupWrapper", &[need("data", Type::Object(&DRIVE_BACKUP))]);
 static DRIVE_MIRROR_WRAPPER: ObjectType =
     object("DriveMirrorWrapper", &[need("data", Type::Object(&DRIVE_MIRROR))]);
+static STREAM_WRAPPER: ObjectType =
+    object("BlockStreamWrapper", &[need("data", Type::Object(&STREAM))]);
+static COMMIT_WRAPPER: ObjectType =
+    object("BlockCommitWrapper", &[need("data", Type::Object(&COMMIT))]);
 static SNAPSHOT_WRAPPER: ObjectType =
     object("BlockdevSnapshotWrapper", &[need("data", Type::Object(&SNAPSHOT))]);
 static SNAPSHOT_SYNC_WRAPPER: ObjectType =
@@ -84,12 +91,14 @@ static ACTION: ObjectType = ObjectType {
         tag: "type",
         cases: &[
             ("abort", &ABORT_WRAPPER),
+            ("block-commit", &COMMIT_WRAPPER),
             ("block-dirty-bitmap-add", &BITMAP_ADD_WRAPPER),
             ("block-dirty-bitmap-remove", &BITMAP_WRAPPER),
             ("block-dirty-bitmap-clear", &BITMAP_WRAPPER),
             ("block-dirty-bitmap-enable", &BITMAP_WRAPPER),
             ("block-dirty-bitmap-disable", &BITMAP_WRAPPER),
             ("block-dirty-bitmap-merge", &BITMAP_MERGE_WRAPPER),
+            ("block-stream", &STREAM_WRAPPER),
             ("blockdev-backup", &BACKUP_WRAPPER),
             ("blockdev-mirror", &MIRROR_WRAPPER),
             ("blockdev-snapshot", &SNAPSHOT_WRAPPER),
@@ -195,6 +204,10 @@ pub enum TransactionAction {
     DriveBackup(Box<Drive<BlockdevBackup>>),
     /// A mirror into a file.
     DriveMirror(Box<Drive<BlockdevMirror>>),
+    /// See [`BlockStream`].
+    Stream(Box<BlockStream>),
+    /// See [`BlockCommit`].
+    Commit(Box<BlockCommit>),
     /// See [`BlockdevSnapshot`].
     Snapshot(BlockdevSnapshot),
     /// See [`BlockdevSnapshotInternal`].
@@ -213,6 +226,8 @@ impl TransactionAction {
             Self::Mirror(_) => "blockdev-mirror",
             Self::DriveBackup(_) => "drive-backup",
             Self::DriveMirror(_) => "drive-mirror",
+            Self::Stream(_) => "block-stream",
+            Self::Commit(_) => "block-commit",
             Self::Snapshot(_) => "blockdev-snapshot",
             Self::SnapshotInternal(_) => "blockdev-snapshot-internal-sync",
             Self::SnapshotSync(_) => "blockdev-snapshot-sync",
@@ -232,6 +247,8 @@ impl<'de> Deserialize<'de> for TransactionAction {
             Some("blockdev-mirror") => Box::deserialize(data).map(Self::Mirror),
             Some("drive-backup") => Box::deserialize(data).map(Self::DriveBackup),
             Some("drive-mirror") => Box::deserialize(data).map(Self::DriveMirror),
+            Some("block-stream") => Box::deserialize(data).map(Self::Stream),
+            Some("block-commit") => Box::deserialize(data).map(Self::Commit),
             Some("blockdev-snapshot") => BlockdevSnapshot::deserialize(data).map(Self::Snapshot),
             Some("blockdev-snapshot-internal-sync") => {
                 BlockdevSnapshotInternal::deserialize(data).map(Self::SnapshotInternal)

@@ -257,6 +257,15 @@ fn prepare_format(change: &Reopen) -> Result<Option<Applied>> {
 
 /// Refuses to change the link from `node` to `backing` under a job that depends on it.
 fn check_jobs(node: &Node, backing: Option<&Rc<Node>>) -> Result<()> {
+    // A job that lets nobody write what it reads is about to drop it and to link what lies above.
+    let drops = |(user, with): &(User, Permissions)| {
+        let reads = matches!(user, User::Job { role: Role::Source, .. });
+        reads && with.shared & Permissions::WRITE == 0
+    };
+    if let Some(backing) = backing.filter(|backing| backing.uses().iter().any(drops)) {
+        let (node, backing) = (node.name().to_string(), backing.name().to_string());
+        return Err(GraphError::Frozen { node, backing }.into());
+    }
     for user in node.users() {
         if let User::Filter { node: parent, role: Role::Source } = &user {
             let (node, parent) = (node.name().to_string(), parent.to_string());

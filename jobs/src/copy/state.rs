@@ -247,6 +247,11 @@ impl Copy {
         }
     }
 
+    /// What the copies hold of their nodes, until they are killed.
+    pub(crate) fn hold(&self) -> Option<Rc<dyn Any>> {
+        self.hold.borrow().clone()
+    }
+
     /// Ends all copies: waiting guests go on, the use of the target ends with what is in flight.
     pub(crate) fn kill(&self) {
         self.phase.set(Phase::Dead);
