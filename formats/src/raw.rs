@@ -170,7 +170,13 @@ impl Format for Raw {
                 Preallocation::Off => self.storage.truncate(end).await,
                 Preallocation::Falloc => self.storage.allocate(old, end - old).await,
                 Preallocation::Full => self.write_out_zeroes(old, end).await,
+            }?;
+            // The caller tells guests of the size at once, or that it is as it was.
+            let flushed = self.storage.flush().await;
+            if flushed.is_err() && end > old {
+                self.storage.truncate(old).await?;
             }
+            flushed
         })
     }
 

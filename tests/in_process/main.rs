@@ -23,6 +23,7 @@ mod known_failures;
 #[path = "../layers/mod.rs"]
 mod layers;
 mod orphan_writes;
+mod raw_sizes;
 mod read_leases;
 mod reopen;
 #[path = "../../jobs/tests/rig/mod.rs"]

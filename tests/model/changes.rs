@@ -23,13 +23,13 @@ pub(crate) async fn resize(world: &Rc<World>, index: usize, rng: &mut Rng) {
     if rng.chance(700) { grow(world, index, rng).await } else { shrink(world, index, rng).await }
 }
 
-/// The image that disk `index` is in, if its size may change durably: a version 2 image knows no
-/// sizes of its snapshots, a raw one is not flushed.
+/// The image that disk `index` is in, if its size may change: a version 2 image knows no sizes of
+/// its snapshots.
 fn resizable(world: &World, index: usize) -> Option<Rc<Image>> {
     let top = Rc::clone(world.chain(index).last().expect("invariant: a disk has a chain"));
     let is_old = top.qcow2.is_some_and(|like| like.version < 3);
     let fixed = is_old && world.internal.borrow().iter().any(|kept| kept.is_in(&top));
-    (!fixed && top.qcow2.is_some()).then_some(top)
+    (!fixed).then_some(top)
 }
 
 /// Makes disk `index` some blocks larger.
