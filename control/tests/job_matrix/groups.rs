@@ -166,10 +166,10 @@ fn jobs_on_chains_start_in_a_transaction_and_end_right() {
                 let id = json!({"id": format!("j{disk}")});
                 qmp(&core, "job-complete", id).await.expect("completes");
             }
-            for disk in 0..3 {
+            for (disk, kind) in kinds.iter().enumerate() {
                 gone(&core, &format!("j{disk}")).await;
                 let backing = find(&core, &format!("top{disk}")).backing().map(|node| node.name());
-                if kinds[disk] == "stream" || kinds[disk] == "commit" {
+                if matches!(*kind, "stream" | "commit") {
                     assert_eq!(backing.as_deref(), Some(&*format!("low{disk}")), "{seed}");
                 }
             }

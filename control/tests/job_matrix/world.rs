@@ -360,7 +360,7 @@ impl World {
         let now = self.model();
         let node = self.disk.node();
         same(&content(&node).await, &now, &format!("{what}: the guest's disk"));
-        for (target, wanted) in &*self.instants.borrow() {
+        for (target, wanted) in &self.instants.take() {
             same(&content(&find(&self.core, target)).await, wanted, &format!("{what}: {target}"));
         }
         let graph = Graph::of(&self.core);
