@@ -83,6 +83,19 @@ impl Memory {
         bytes
     }
 
+    /// Whether it has the same bytes as `other`; pages that copies share are not looked at.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let (ours, theirs) = (self.pages.borrow(), other.pages.borrow());
+        let zeroes = |page: &Page| page.iter().all(|byte| *byte == 0);
+        let alike = |page: &u64, bytes: &Page, others: &BTreeMap<u64, Page>| {
+            let same = |other: &Page| Rc::ptr_eq(bytes, other) || bytes == other;
+            others.get(page).map_or_else(|| zeroes(bytes), same)
+        };
+        self.size() == other.size()
+            && ours.iter().all(|(page, bytes)| alike(page, bytes, &theirs))
+            && theirs.iter().all(|(page, bytes)| alike(page, bytes, &ours))
+    }
+
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.size.get()
@@ -154,16 +167,16 @@ impl Memory {
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         self.check_fault("write zeroes")?;
         self.check_room(offset.saturating_add(len), "write zeroes")?;
-        let len_here = usize::try_from(len).map_err(|_| Error::os(libc::EFBIG, "write zeroes"))?;
+        let end = offset.saturating_add(len);
         let mut pages = self.pages.borrow_mut();
-        each_page(offset, len_here, |page, within, _, part| {
-            if let Some(target) = pages
-                .get_mut(&page)
-                .and_then(|bytes| Rc::make_mut(bytes).get_mut(within..within + part))
-            {
+        // However long the range is: only what was written has to be touched.
+        for (page, bytes) in pages.range_mut(offset / PAGE..end.div_ceil(PAGE)) {
+            let start = page * PAGE;
+            let inside = |at: u64| usize::try_from(at.saturating_sub(start).min(PAGE)).unwrap_or(0);
+            if let Some(target) = Rc::make_mut(bytes).get_mut(inside(offset)..inside(end)) {
                 target.fill(0);
             }
-        });
+        }
         self.size.set(self.size.get().max(offset.saturating_add(len)));
         Ok(())
     }
@@ -221,5 +234,26 @@ fn each_page(offset: u64, len: usize, mut visit: impl FnMut(u64, usize, usize, u
         let part = (len - at).min(PAGE as usize - within);
         visit(position / PAGE, within, at, part);
         at += part;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroing_touches_what_was_written_and_copies_are_alike_until_one_changes() {
+        let memory = Memory::from_bytes(&[7; 10_000]);
+        let copy = memory.copy();
+        assert!(copy.is_like(&memory));
+        copy.write_zeroes(4000, 4500).expect("no fault is planted");
+        let mut expected = vec![7; 10_000];
+        expected[4000..8500].fill(0);
+        assert!(copy.to_bytes() == expected && !copy.is_like(&memory));
+        memory.write_zeroes(4000, 4500).expect("no fault is planted");
+        assert!(copy.is_like(&memory) && memory.is_like(&copy));
+        copy.write_zeroes(0, 1 << 50).expect("no fault is planted");
+        assert_eq!(copy.size(), 1 << 50);
+        assert!(copy.is_like(&Memory::new(1 << 50)) && Memory::new(1 << 50).is_like(&copy));
     }
 }

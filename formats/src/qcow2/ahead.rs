@@ -34,7 +34,7 @@ impl Image {
         let there = file.allocated_at_open() >> geometry.cluster_bits;
         let enough = (there * 10 / 9).max(there + 2);
         let end = geometry.clusters(self.storage.size());
-        let blocks = self.state.borrow().reftable.clone();
+        let blocks = self.state.borrow().reftable.used().to_vec();
         let (mut counted, mut scanned) = (0, 0);
         for (index, raw) in (0_u64..).zip(blocks).filter(|(_, raw)| *raw != 0) {
             let host = raw & REFTABLE_MASK;

@@ -207,7 +207,7 @@ impl Image {
                 return Err(self.error(Reason::TableFull, "allocate"));
             }
             let block = at.0 / entries;
-            if block >= self.state.borrow().reftable.len() as u64 {
+            if block >= self.state.borrow().reftable.count() {
                 self.grow_reftable().await?;
                 continue;
             }

@@ -37,7 +37,7 @@ impl Image {
     async fn has_blocks_for(self: &Rc<Self>, run: Run) -> Result<bool> {
         let entries = self.geometry.block_entries();
         let last = (run.start.0 + run.count - 1) / entries;
-        if last >= self.state.borrow().reftable.len() as u64 {
+        if last >= self.state.borrow().reftable.count() {
             self.grow_reftable().await?;
             return Ok(false);
         }

@@ -184,21 +184,37 @@ impl Image {
                 continue;
             }
             let old = *word;
-            let mut bytes =
-                if old == 0 || all { Vec::new() } else { self.data_cluster(old).await? };
-            bytes.resize(usize::try_from(self.geometry.cluster()).unwrap_or(0), 0);
-            let before = bytes.clone();
-            bits.borrow().add_to_bytes(first, &mut bytes);
-            if all || bytes.iter().all(|byte| *byte == 0xff) {
+            if all {
                 *word = ONES;
-            } else if before != bytes {
-                *word = self.write_data(&bytes, change).await?;
+            } else {
+                *word = self.add_to_cluster(old, first, bits, change).await?;
             }
             if old != 0 && old != *word {
                 change.free(self, old);
             }
         }
         self.write_words(stored, words, change).await
+    }
+
+    /// The table entry after the bits from granule `first` on were added to what `old` names.
+    async fn add_to_cluster(
+        self: &Rc<Self>,
+        old: u64,
+        first: u64,
+        bits: &RefCell<DirtyBitmap>,
+        change: &mut Change,
+    ) -> Result<u64> {
+        let mut bytes = if old == 0 { Vec::new() } else { self.data_cluster(old).await? };
+        bytes.resize(usize::try_from(self.geometry.cluster()).unwrap_or(0), 0);
+        let before = bytes.clone();
+        bits.borrow().add_to_bytes(first, &mut bytes);
+        if bytes.iter().all(|byte| *byte == 0xff) {
+            Ok(ONES)
+        } else if before != bytes {
+            self.write_data(&bytes, change).await
+        } else {
+            Ok(old)
+        }
     }
 
     async fn write_data(self: &Rc<Self>, bytes: &[u8], change: &mut Change) -> Result<u64> {

@@ -2,7 +2,8 @@
 //!
 //! Owns the bytes; does no I/O. Promises: lookups do not allocate; a slice that is dirty, being
 //! written or needed by somebody (the caller's predicate) is never evicted; a write-out works on a
-//! copy, so the slice may change meanwhile and then stays dirty.
+//! copy, so the slice may change meanwhile and then stays dirty. A slice of zeroes, the most
+//! frequent one in the layers of a chain, takes no memory for its bytes until it is changed.
 //!
 //! ```text
 //! Clean --change--> Dirty --begin_write--> Writing --end_write(ok)--> Clean
@@ -13,6 +14,8 @@
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
+
+use crate::limits::SLICE_BYTES;
 
 /// A hasher for integer keys that gives the same order in every run.
 #[derive(Default)]
@@ -48,10 +51,47 @@ enum State {
     },
 }
 
+/// What slices of zeroes show.
+static ZEROES: [u8; SLICE_BYTES as usize] = [0; SLICE_BYTES as usize];
+
+/// The bytes of a slice.
+#[derive(Debug)]
+enum Content {
+    /// So many zeroes, at most as many as [`ZEROES`] has.
+    Zeroes(usize),
+    Bytes(Box<[u8]>),
+}
+
+impl Content {
+    fn new(bytes: Box<[u8]>) -> Self {
+        match ZEROES.get(..bytes.len()) {
+            Some(zeroes) if *zeroes == *bytes => Self::Zeroes(bytes.len()),
+            _ => Self::Bytes(bytes),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Zeroes(len) => ZEROES.get(..*len).unwrap_or_default(),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        if let Self::Zeroes(len) = *self {
+            *self = Self::Bytes(vec![0; len].into_boxed_slice());
+        }
+        match self {
+            Self::Zeroes(_) => &mut [],
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Slot {
     key: u64,
-    bytes: Box<[u8]>,
+    content: Content,
     state: State,
     /// Since the hand was here.
     used: Cell<bool>,
@@ -94,7 +134,7 @@ impl Cache {
         let slot = self.slot(key)?;
         slot.used.set(true);
         slot.recent.set(true);
-        Some(&slot.bytes)
+        Some(slot.content.bytes())
     }
 
     /// The bytes of slice `key` to be changed: it becomes dirty.
@@ -111,7 +151,7 @@ impl Cache {
             State::Dirty => {}
             State::Writing { .. } => slot.state = State::Writing { again: true },
         }
-        Some(&mut slot.bytes)
+        Some(slot.content.bytes_mut())
     }
 
     /// Whether slice `key` is cached.
@@ -126,7 +166,8 @@ impl Cache {
         }
         self.index.insert(key, self.slots.len());
         let (used, recent) = (Cell::new(true), Cell::new(true));
-        self.slots.push(Slot { key, bytes, state: State::Clean, used, recent });
+        let content = Content::new(bytes);
+        self.slots.push(Slot { key, content, state: State::Clean, used, recent });
     }
 
     /// Whether another slice fits without eviction.
@@ -214,7 +255,7 @@ impl Cache {
         self.dirty.remove(&key);
         let slot = self.slot_mut(key)?;
         slot.state = State::Writing { again: false };
-        Some(&slot.bytes)
+        Some(slot.content.bytes())
     }
 
     /// The copy was written (`ok`) or not; a slice that changed meanwhile is dirty again.
@@ -270,6 +311,19 @@ mod tests {
         cache.end_write(1, true);
         assert!(!cache.forget_unused(|_| false), "nothing is left");
         assert!(!cache.contains(1));
+    }
+
+    #[test]
+    fn a_slice_of_zeroes_takes_memory_only_when_it_is_changed() {
+        let mut cache = Cache::new(3);
+        cache.insert(0, Box::new([0; 512]));
+        cache.insert(1, vec![0; 2 * SLICE_BYTES as usize].into_boxed_slice());
+        let bytes = |slot: &Slot| matches!(slot.content, Content::Bytes(_));
+        assert_eq!(cache.slots.iter().map(bytes).collect::<Vec<_>>(), [false, true]);
+        assert_eq!(cache.get(0), Some(&[0; 512][..]));
+        cache.change(0).expect("cached")[511] = 3;
+        let after = cache.begin_write(0).expect("cached");
+        assert_eq!((after.len(), after[510], after[511]), (512, 0, 3));
     }
 
     #[test]

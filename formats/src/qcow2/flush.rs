@@ -232,7 +232,7 @@ impl State {
             Piece { key, host: offset + key * SECTOR as u64, buf: into_buf(&bytes) }
         };
         for key in std::mem::take(&mut self.reftable_dirty) {
-            copies.reftable.push(sector(&self.reftable, self.header.reftable_offset, key));
+            copies.reftable.push(sector(self.reftable.used(), self.header.reftable_offset, key));
         }
         for key in std::mem::take(&mut self.l1_dirty) {
             copies.l1.push(sector(&self.l1, self.header.l1_offset, key));

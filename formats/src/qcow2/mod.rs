@@ -75,6 +75,7 @@ mod switch;
 mod tables;
 mod tuning;
 mod unpack;
+mod words;
 mod write;
 mod zero;
 

@@ -35,6 +35,7 @@ use super::snapshot_table::{self, Snapshot};
 use super::snapshot_view::Views;
 use super::state::{Allocator, FlushRuns, Health, Meta, State};
 use super::unpack::Unpacked;
+use super::words::Words;
 use crate::limits::{CACHE_SLICES_MIN, PACKING_BYTES, PACKING_MAX, TABLE_PIECE};
 use crate::reason::Reason;
 
@@ -105,7 +106,7 @@ pub(super) async fn read_words(
 /// The tables that stay in memory, and what follows from them.
 pub(super) struct Tables {
     l1: Vec<u64>,
-    reftable: Vec<u64>,
+    reftable: Words,
     snapshots: Vec<Snapshot>,
     metadata: Claims,
     /// The first cluster behind everything known.
@@ -124,19 +125,19 @@ impl Tables {
         let entries = (u64::from(header.reftable_clusters) << geometry.cluster_bits) / ENTRY_BYTES;
         let reftable = read_words(core, storage, header.reftable_offset, entries).await?;
         let snapshots = snapshot_table::load(core, storage, header).await?;
-        Ok(Self::of(header, l1, reftable, snapshots, storage.size()))
+        Ok(Self::of(header, l1, Words::new(reftable), snapshots, storage.size()))
     }
 
     /// With what follows from the tables of a file of `size` bytes.
     pub(super) fn of(
         header: &Header,
         l1: Vec<u64>,
-        reftable: Vec<u64>,
+        reftable: Words,
         snapshots: Vec<Snapshot>,
         size: u64,
     ) -> Self {
         let geometry = header.geometry;
-        let mut metadata = metadata_of(header, &l1, &reftable);
+        let mut metadata = metadata_of(header, &l1, reftable.used());
         claim_snapshots(&mut metadata, geometry, header.snapshots_offset, &snapshots, size);
         claim_bitmaps(header, &mut metadata);
         let last = metadata.last().unwrap_or(0);

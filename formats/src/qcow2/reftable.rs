@@ -14,6 +14,7 @@ use super::freed::Cause;
 use super::image::Image;
 use super::layout::{ENTRY_BYTES, Geometry, HostCluster, Run};
 use super::state::{Meta, set_word};
+use super::words::Words;
 use crate::limits::{REFCOUNT_TABLE_BYTES_MAX, TABLE_PIECE};
 use crate::reason::Reason;
 
@@ -75,7 +76,7 @@ impl Image {
         self.write_out().await?;
         let plan = {
             let state = self.state.borrow();
-            Move::plan(geometry, state.allocator.end, state.reftable.len() as u64)
+            Move::plan(geometry, state.allocator.end, state.reftable.count())
         };
         // A sparse file can be so large that nothing could hold its refcounts.
         if plan.table_clusters << geometry.cluster_bits > REFCOUNT_TABLE_BYTES_MAX {
@@ -83,7 +84,7 @@ impl Image {
         }
         let (old, table) = {
             let state = self.state.borrow();
-            let mut table = state.reftable.clone();
+            let mut table = state.reftable.to_vec();
             let entries = (plan.table_clusters << geometry.cluster_bits) / ENTRY_BYTES;
             table.resize(usize::try_from(entries).unwrap_or(0), 0);
             for at in 0..plan.blocks {
@@ -108,7 +109,7 @@ impl Image {
         })
         .await?;
         let mut state = self.state.borrow_mut();
-        state.reftable = table;
+        state.reftable = Words::new(table);
         state.reftable_dirty.clear();
         state.allocator.end = state.allocator.end.max(plan.end());
         for cluster in old.clusters() {

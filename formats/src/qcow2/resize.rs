@@ -65,9 +65,10 @@ impl Image {
         if self.maps_beyond(old).await? {
             self.cut_off(frozen, old).await?;
         }
-        let below = to.below.as_ref().filter(|below| below.size > old && to.size > old);
+        let below = to.below.as_ref();
+        let reaching = below.filter(|below| below.size > old && to.size > old);
         let whole = old.next_multiple_of(self.geometry.cluster());
-        let hidden = below.map_or(0, |below| below.size.min(to.size));
+        let hidden = reaching.map_or(0, |below| below.size.min(to.size));
         if hidden > whole && self.geometry.version < 3 {
             return Err(self.error(Reason::ZeroNewClusters, "resize"));
         }
@@ -76,7 +77,7 @@ impl Image {
             self.move_l1(needed).await?;
         }
         if to.size > old {
-            self.zero_behind(old, below).await?;
+            self.zero_behind(old, below, reaching.is_some()).await?;
             self.fit_data_file(to.size).await?;
         }
         self.hide(whole, hidden).await?;
@@ -118,14 +119,20 @@ impl Image {
         }
     }
 
-    /// Makes the bytes behind `end` zeroes in the cluster with that byte.
-    async fn zero_behind(self: &Rc<Self>, end: u64, below: Option<&Below>) -> Result<()> {
+    /// Makes the bytes behind `end` zeroes in the cluster with that byte; `reaches`: the layers
+    /// below have something there.
+    async fn zero_behind(
+        self: &Rc<Self>,
+        end: u64,
+        below: Option<&Below>,
+        reaches: bool,
+    ) -> Result<()> {
         let cluster = self.geometry.cluster();
         let within = end & (cluster - 1);
         let at = self.guest_cluster(end);
         let index = self.geometry.l1_of_slice(self.geometry.slice_of(at));
         let table = self.state.borrow().l2_table(index);
-        if within == 0 || (self.judge(table)? == Table::None && below.is_none()) {
+        if within == 0 || (self.judge(table)? == Table::None && !reaches) {
             return Ok(());
         }
         let entry = self.own_entry(at).await?;
@@ -133,7 +140,7 @@ impl Image {
         let old = entry.subclusters();
         let seen = old.is_none_or(|old| {
             let absent = behind & !old.allocated & !old.zero != 0;
-            behind & old.allocated != 0 || (absent && below.is_some())
+            behind & old.allocated != 0 || (absent && reaches)
         });
         if !seen {
             return Ok(());

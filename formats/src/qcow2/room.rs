@@ -164,7 +164,7 @@ impl Image {
                 return Ok(None);
             }
             let tables = state.metadata.last().map_or(1, |last| last + 1);
-            let blocks = state.reftable.len() as u64;
+            let blocks = state.reftable.used().len() as u64;
             ((0..blocks).rev().find(|index| state.block(*index) != Ok(0)), tables)
         };
         let Some(index) = blocks else { return Ok(None) };

@@ -23,6 +23,7 @@ use super::overlap::Overlap;
 use super::packed::Packed;
 use super::snapshot_table::Snapshot;
 use super::unpack::Unpacked;
+use super::words::Words;
 use crate::limits::BEYOND_END_MAX;
 use crate::reason::Reason;
 
@@ -173,7 +174,7 @@ pub(super) struct State {
     pub(super) l1: Vec<u64>,
     /// Changed sectors of the L1 table.
     pub(super) l1_dirty: BTreeSet<u64>,
-    pub(super) reftable: Vec<u64>,
+    pub(super) reftable: Words,
     /// Changed sectors of the refcount table.
     pub(super) reftable_dirty: BTreeSet<u64>,
     pub(super) l2: Cache,
@@ -266,8 +267,7 @@ impl State {
 
     /// Where the refcount block `index` lies (0: none); an error if the entry cannot be.
     pub(super) fn block(&self, index: u64) -> Result<u64, Reason> {
-        let raw = usize::try_from(index).ok().and_then(|at| self.reftable.get(at)).copied();
-        let raw = raw.unwrap_or(0);
+        let raw = self.reftable.get(index);
         if raw == 0 {
             return Ok(0);
         }
@@ -382,8 +382,7 @@ impl State {
 
     /// Changes a refcount table entry in memory; the next flush writes it.
     pub(super) fn set_block(&mut self, index: u64, raw: u64) {
-        if let Some(entry) = usize::try_from(index).ok().and_then(|at| self.reftable.get_mut(at)) {
-            *entry = raw;
+        if self.reftable.set(index, raw) {
             self.reftable_dirty.insert(index * ENTRY_BYTES / SECTOR as u64);
         }
     }

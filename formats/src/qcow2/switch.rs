@@ -230,7 +230,7 @@ impl<'a> Switch<'a> {
     async fn drop_empty_blocks(&mut self) -> Result<()> {
         let image = self.image;
         let geometry = image.geometry;
-        let blocks = image.state.borrow().reftable.len() as u64;
+        let blocks = image.state.borrow().reftable.used().len() as u64;
         for index in (0..blocks).rev() {
             let host = image.state.borrow().block(index).unwrap_or(0);
             if host == 0 {
@@ -318,7 +318,7 @@ impl<'a> Switch<'a> {
             }
         }
         let place = self.image.geometry.host(self.reftable.start);
-        let table = self.image.state.borrow().reftable.clone();
+        let table = self.image.state.borrow().reftable.to_vec();
         self.image.write_table(place, &table).await?;
         {
             let _tables = self.image.tables.lock().await;
@@ -360,9 +360,7 @@ impl<'a> Switch<'a> {
 impl State {
     /// Refcount block `index` lies at `host` now; the file learns it by another way.
     fn place_block(&mut self, index: u64, host: u64) {
-        if let Some(entry) = usize::try_from(index).ok().and_then(|at| self.reftable.get_mut(at)) {
-            *entry = host;
-        }
+        self.reftable.set(index, host);
     }
 
     fn give_back_later(&mut self, runs: &mut Vec<Run>) {
@@ -370,7 +368,7 @@ impl State {
     }
 
     fn blocks(&self) -> u64 {
-        self.reftable.iter().filter(|entry| **entry != 0).count() as u64
+        self.reftable.used().iter().filter(|entry| **entry != 0).count() as u64
     }
 }
 
@@ -462,7 +460,7 @@ impl Image {
                 self.state.borrow_mut().allocator.end = (block + 1) * entries;
                 continue;
             }
-            if first + blocks > self.state.borrow().reftable.len() as u64 {
+            if first + blocks > self.state.borrow().reftable.count() {
                 self.state.borrow_mut().allocator.end = start;
                 self.grow_reftable().await?;
                 continue;

@@ -5,13 +5,17 @@
 //! (1), what (8); or, from 128 on, the file itself. Promises: no panic; a second check finds no
 //! more than the first; a repair of a repaired image changes nothing; what is clean opens.
 
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
 use liveblk_engine::buf::Buf;
 use liveblk_engine::driver::sim::Rng;
 use liveblk_engine::executor::Core;
 use liveblk_engine::storage::{Memory, Storage};
 
+use super::fuzzing::Session;
 use super::mover::open;
-use super::specimen::{SHAPES, Specimen};
+use super::specimen::{PLAIN, SHAPES, Shape, Specimen};
 use crate::qcow2::{Repair, check, repair};
 
 /// The largest image that an input is taken for, in bytes.
@@ -20,26 +24,46 @@ const IMAGE_MAX: usize = 1 << 20;
 /// Changes of one input.
 const CHANGES_MAX: usize = 64;
 
-/// The file that an input stands for.
-fn image(data: &[u8]) -> Vec<u8> {
-    let Some((kind, rest)) = data.split_first() else { return Vec::new() };
-    if *kind >= 128 {
-        return rest[..rest.len().min(IMAGE_MAX)].to_vec();
+/// The images that inputs change: of every kind, with the smallest clusters that it can have, so
+/// that most of the time goes into checks and not into bytes.
+const KINDS: [Shape; SHAPES.len()] = {
+    let mut kinds = [PLAIN; SHAPES.len()];
+    let mut at = 0;
+    while at < kinds.len() {
+        kinds[at] = SHAPES[at].1;
+        if !kinds[at].extended && kinds[at].cluster_bits > 12 {
+            kinds[at].cluster_bits = 12;
+        }
+        at += 1;
     }
-    let mut new = Specimen::new(SHAPES[usize::from(*kind) % SHAPES.len()].1);
-    let len = new.bytes.len() as u64;
+    kinds
+};
+
+/// The file that an input stands for.
+fn image(specimens: &mut BTreeMap<usize, Rc<Memory>>, data: &[u8]) -> Rc<Memory> {
+    let Some((kind, rest)) = data.split_first() else { return Memory::new(0) };
+    if *kind >= 128 {
+        return Memory::from_bytes(&rest[..rest.len().min(IMAGE_MAX)]);
+    }
+    let kind = usize::from(*kind) % KINDS.len();
+    let made = || Memory::from_bytes(&Specimen::new(KINDS[kind]).bytes);
+    let new = specimens.entry(kind).or_insert_with(made).copy();
     for change in rest.chunks_exact(12).take(CHANGES_MAX) {
         let number = |range: &[u8]| range.iter().fold(0, |all, byte| all << 8 | u64::from(*byte));
         let width = 1 << (change[3] % 4);
-        new.set(number(&change[..3]) % (len - 8), width, number(&change[4..12]));
+        let at = number(&change[..3]) % (new.size() - 8);
+        drop(new.write(at, &Buf::from_vec(change[12 - width..].to_vec())));
     }
-    new.bytes
+    new
 }
 
 /// Runs one input; panics if a promise is broken.
-pub(super) async fn check_repair(core: Core, data: Vec<u8>) {
-    let memory = Memory::new(0);
-    drop(memory.write(0, &Buf::from_vec(image(&data))));
+pub(super) fn qcow2_check_repair(session: &mut Session, data: &[u8]) {
+    let image = image(&mut session.specimens, data);
+    session.run(|core| check_repair(core, image));
+}
+
+async fn check_repair(core: Core, memory: Rc<Memory>) {
     let storage = Storage::Memory(memory);
     let Ok(before) = check(&core, &storage).await else { return };
     let Ok(repaired) = repair(&core, &storage, Repair::All).await else { return };
@@ -60,11 +84,11 @@ pub(super) async fn check_repair(core: Core, data: Vec<u8>) {
 
 /// Seed inputs: each specimen whole, and with changes where its tables are.
 pub(super) fn corpus() -> Vec<Vec<u8>> {
-    let mut all: Vec<Vec<u8>> = (0..SHAPES.len()).map(|kind| vec![kind as u8]).collect();
+    let mut all: Vec<Vec<u8>> = (0..KINDS.len()).map(|kind| vec![kind as u8]).collect();
     let mut rng = Rng::new(7);
     for round in 0..400_u64 {
-        let kind = (round % SHAPES.len() as u64) as u8;
-        let specimen = Specimen::new(SHAPES[usize::from(kind)].1);
+        let kind = (round % KINDS.len() as u64) as u8;
+        let specimen = Specimen::new(KINDS[usize::from(kind)]);
         let places = &specimen.places;
         let mut input = vec![kind];
         for _ in 0..rng.bits() % 5 + 1 {

@@ -24,17 +24,24 @@ use crate::qcow2::{CompressionType, CreateOptions, check, create};
 
 /// The targets by name, as they are called in `fuzz/fuzz_targets`.
 pub const TARGETS: [Target; 5] = [
-    Target { name: "qcow2_open", run: Session::qcow2_open, corpus: open_corpus },
-    Target { name: "qcow2_io", run: Session::qcow2_io, corpus: io_corpus },
+    Target { name: "qcow2_open", len_max: 4096, run: Session::qcow2_open, corpus: open_corpus },
+    Target { name: "qcow2_io", len_max: 96, run: Session::qcow2_io, corpus: io_corpus },
     Target {
         name: "compressed_cluster",
+        len_max: 2048,
         run: fuzz_packed::compressed_cluster,
         corpus: fuzz_packed::corpus,
     },
-    Target { name: "bitmap_dir", run: fuzz_bitmaps::bitmap_dir, corpus: fuzz_bitmaps::corpus },
+    Target {
+        name: "bitmap_dir",
+        len_max: 1024,
+        run: fuzz_bitmaps::bitmap_dir,
+        corpus: fuzz_bitmaps::corpus,
+    },
     Target {
         name: "qcow2_check_repair",
-        run: Session::qcow2_check_repair,
+        len_max: 8192,
+        run: fuzz_repair::qcow2_check_repair,
         corpus: fuzz_repair::corpus,
     },
 ];
@@ -44,6 +51,8 @@ pub const TARGETS: [Target; 5] = [
 pub struct Target {
     /// Its name.
     pub name: &'static str,
+    /// Bytes of the longest input that means something.
+    pub len_max: usize,
     /// Runs one input; panics if a promise is broken.
     pub run: fn(&mut Session, &[u8]),
     /// Inputs that reach all parts, made by our own code: the seed corpus.
@@ -91,24 +100,27 @@ impl<'a> Input<'a> {
 pub struct Session {
     sim: Sim,
     /// What `bitmap_dir` starts from.
-    pub(super) bitmap_images: BTreeMap<usize, fuzz_bitmaps::Base>,
+    pub(super) bitmap_images: BTreeMap<usize, Rc<fuzz_bitmaps::Base>>,
+    /// What `qcow2_check_repair` starts from.
+    pub(super) specimens: BTreeMap<usize, Rc<Memory>>,
 }
 
 /// The largest image that an input is taken for, in bytes.
 const IMAGE_MAX: usize = 1 << 20;
 
-/// The largest disk that `qcow2_io` makes, in bytes: several L2 tables of small clusters, two
-/// and a half of the largest.
-const DISK_MAX: u64 = 160 << 10;
+/// The largest disk that `qcow2_io` makes at first, in bytes: two L2 tables of the smallest
+/// clusters, or one and a half of the largest. All of it is looked at again and again.
+const DISK_MAX: u64 = 40 << 10;
 
 /// Steps of one input: short programs find the same and run more often.
-const OPS_MAX: usize = 24;
+const OPS_MAX: usize = 16;
 
 impl Session {
     /// A new machine.
     pub fn new() -> Self {
         let config = SimConfig { steps_max: u64::MAX, ..SimConfig::new(1).calm() };
-        Self { sim: Sim::new(config), bitmap_images: BTreeMap::new() }
+        let (bitmap_images, specimens) = (BTreeMap::new(), BTreeMap::new());
+        Self { sim: Sim::new(config), bitmap_images, specimens }
     }
 
     pub(super) fn run<F: Future + 'static>(&mut self, make: impl FnOnce(Core) -> F) -> F::Output
@@ -120,33 +132,29 @@ impl Session {
         output
     }
 
-    /// Bytes of a file: opens it read-only and writable, checks it, reads and writes some.
+    /// Bytes of a file: checks it, then opens it writable or read-only, reads and writes some.
     ///
-    /// The first byte says how many clusters of zeroes follow the rest, which is the file.
+    /// The first byte says whether it is writable (below 128), and how many KiB of zeroes follow
+    /// the rest, which is the file.
     pub fn qcow2_open(&mut self, data: &[u8]) {
         let mut input = Input::new(data);
-        let more = usize::from(input.byte()) << 9;
-        let mut bytes = input.rest().to_vec();
-        bytes.truncate(IMAGE_MAX);
-        bytes.resize(bytes.len() + more, 0);
+        let head = input.byte();
+        let bytes = input.rest();
+        let bytes = &bytes[..bytes.len().min(IMAGE_MAX)];
+        let memory = Memory::from_bytes(bytes);
+        let more = u64::from(head & 127) << 10;
+        memory.truncate(memory.size() + more).expect("memory has no end");
+        let writable = head < 128;
         self.run(|core| async move {
-            let storage = || Storage::Memory(Memory::from_bytes(&bytes));
-            drop(check(&core, &storage()).await);
-            if let Ok(disk) = open(&core, storage(), false).await {
-                touch(&disk, disk.format.size(), false).await;
-            }
-            if let Ok(disk) = open(&core, storage(), true).await {
-                touch(&disk, disk.format.size(), true).await;
+            let storage = Storage::Memory(memory);
+            drop(check(&core, &storage).await);
+            let Ok(disk) = open(&core, storage, writable).await else { return };
+            touch(&disk, disk.format.size(), writable).await;
+            if writable {
                 drop(disk.format.flush().await);
                 drop(disk.format.close().await);
             }
         });
-    }
-
-    /// A specimen with changed bytes: checked, repaired, checked again and used.
-    pub fn qcow2_check_repair(&mut self, data: &[u8]) {
-        let data = data.to_vec();
-        self.run(|core| fuzz_repair::check_repair(core, data));
     }
 
     /// Options, changes of bytes, steps: an image is made, damaged, and used against the ledger.
@@ -208,13 +216,13 @@ async fn touch(disk: &super::mover::Disk, size: u64, write: bool) {
 
 fn options(input: &mut Input<'_>) -> CreateOptions {
     let flags = input.byte();
-    let bits = [9, 9, 10, 12, 12, 14, 16, 16][usize::from(flags & 7)];
+    let bits = [9, 9, 9, 10, 12, 12, 14, 16][usize::from(flags & 7)];
     let version = if flags & 8 == 0 { 3 } else { 2 };
-    let order = if version == 2 { 4 } else { u32::from(input.byte() % 7) };
-    // Some clusters, and not a whole number of them; few bytes, because all are looked at.
-    let clusters = 1 + u64::from(input.byte());
-    let size = (clusters << bits) - u64::from(input.byte() % 2) * 512;
-    let size = size.clamp(512, DISK_MAX);
+    let order = u32::from(input.byte() % 7);
+    let order = if version == 2 { 4 } else { order };
+    // Mostly not a whole number of clusters.
+    let most = DISK_MAX.max(3 << (bits - 1));
+    let size = ((1 + u64::from(input.byte())) * most / 256 / 512 * 512).max(512);
     let more = input.byte();
     CreateOptions {
         extended_l2: version == 3 && bits >= 14 && more & 1 != 0,
@@ -236,8 +244,8 @@ const NAMES: [&str; 3] = ["one", "two", "three"];
 fn op(input: &mut Input<'_>, sectors: u64) -> Op {
     let kind = input.byte();
     let first = u64::from(input.short()) % sectors;
-    let mut count = 1 + u64::from(input.byte());
-    if kind & 0x80 != 0 {
+    let mut count = 1 + u64::from(input.byte() % 32);
+    if kind >= 0xe0 {
         count *= 8;
     }
     let span = Span { first, count };
@@ -339,8 +347,7 @@ fn open_corpus() -> Vec<Vec<u8>> {
     let mut out = Vec::new();
     let mut rng = Rng::new(7);
     for number in 0..48_u8 {
-        let mut input = vec![number % 12, number / 2, number, number % 3];
-        input.extend([number, number / 3]);
+        let input = [number % 16, number / 2, number * 5, number / 3, number];
         let options = options(&mut Input::new(&input));
         let bytes = sim.block_on(0, |core| async move {
             let memory = Memory::new(0);
@@ -349,9 +356,10 @@ fn open_corpus() -> Vec<Vec<u8>> {
             Some(memory.to_bytes())
         });
         let Some(mut bytes) = bytes else { continue };
-        bytes.truncate(16 << 10);
+        bytes.truncate(4095);
         let with = |more: u8, bytes: &[u8]| [&[more], bytes].concat();
         out.push(with(number, &bytes));
+        out.push(with(128 + number, &bytes));
         for _ in 0..6 {
             let mut damaged = bytes.clone();
             for _ in 0..1 + rng.bits() % 3 {
@@ -361,23 +369,29 @@ fn open_corpus() -> Vec<Vec<u8>> {
                 let any = (rng.bits() & 255) as u8;
                 damaged[at] = *rng.pick(&[0, 1, 0x7f, 0x80, 0xff, any]);
             }
-            out.push(with(number, &damaged));
+            out.push(with((rng.bits() & 255) as u8, &damaged));
         }
         out.push(with(0, &bytes[..(rng.bits() % bytes.len() as u64) as usize]));
     }
     out
 }
 
+/// Programs that broke a promise once, made short.
+const IO_FOUND: [&[u8]; 1] = [
+    // Growth above layers that end where the disk ended (see `resizing`).
+    &[1, 7, 0, 199, 1, 0, 10, 63, 0, 211, 0, 211, 0, 211, 10, 0, 1, 0],
+];
+
 /// Programs of random steps, one in four on a damaged image.
 fn io_corpus() -> Vec<Vec<u8>> {
     let mut rng = Rng::new(11);
     let program = |number: u64| {
-        let mut bytes: Vec<u8> = (0..6).map(|_| (rng.bits() & 255) as u8).collect();
+        let mut bytes: Vec<u8> = (0..5).map(|_| (rng.bits() & 255) as u8).collect();
         let damage = if number.is_multiple_of(4) { 1 + number as u8 % 7 } else { 0 };
         bytes.push(damage);
-        let steps = 4 * (4 + rng.bits() % OPS_MAX as u64) + u64::from(damage) * 3;
+        let steps = 4 * (4 + rng.bits() % (OPS_MAX as u64 - 3)) + u64::from(damage) * 3;
         bytes.extend((0..steps).map(|_| (rng.bits() & 255) as u8));
         bytes
     };
-    (0..400).map(program).collect()
+    (0..400).map(program).chain(IO_FOUND.map(<[u8]>::to_vec)).collect()
 }

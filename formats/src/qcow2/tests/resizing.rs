@@ -68,6 +68,28 @@ fn what_is_cut_off_is_gone_and_the_file_gets_smaller() {
     }
 }
 
+/// What the fuzz target `qcow2_io` found: layers below that end where the disk ends were taken for
+/// none, and subclusters that were left to them became zeroes.
+#[test]
+fn growth_keeps_what_the_last_cluster_leaves_to_the_layers_below() {
+    const END: u64 = 42_496;
+    for below in [END, 65_536] {
+        calm(move |core| async move {
+            let options = CreateOptions { extended_l2: true, ..CreateOptions::new(END) };
+            let mut disk = image(&core, options).await;
+            disk.below = |_| 9;
+            // The last subcluster is there and goes on behind the end of the disk.
+            disk.write(END - 512, &[1; 512]).await.unwrap();
+            let grown = Resize { below: Some(nines(below)), ..Resize::to(54_784) };
+            disk.format.resize_with(grown).await.expect("grows");
+            let bytes = disk.read(0, 54_784).await.unwrap();
+            let expected = [vec![9; END as usize - 512], vec![1; 512], vec![0; 12_288]].concat();
+            assert!(bytes == expected, "{below}");
+            assert_clean(&core, &disk).await;
+        });
+    }
+}
+
 #[test]
 fn a_snapshot_keeps_its_size_and_what_was_cut_off() {
     for options in shapes() {
