@@ -81,8 +81,14 @@ class Daemon:
             self.listener = EventListener()
             self.client.register_listener(self.listener)
             try:
-                await asyncio.wait_for(self.client.connect(self.qmp_path), START_SECONDS)
+                wait = START_SECONDS if self.kind.ours else START_SECONDS / 4
+                await asyncio.wait_for(self.client.connect(self.qmp_path), wait)
                 break
+            except asyncio.TimeoutError:
+                # The peer was seen to leave a client without an answer; ours must not.
+                if self.kind.ours or time.monotonic() > limit:
+                    raise AssertionError(f"{self.kind.name} gives its monitor no greeting: "
+                                         f"{self.stderr_tail()}") from None
             except ConnectError:
                 # Not listening yet, or busy with the start.
                 if time.monotonic() > limit:
