@@ -162,6 +162,8 @@ pub struct CommitAction {
     pub mask_protocol: bool,
     /// The name under which queries show the job's filter node.
     pub filter_name: Option<String>,
+    /// Of an active commit: when guest writes reach the base.
+    pub copy_mode: CopyMode,
 }
 
 impl StreamAction {
@@ -214,6 +216,7 @@ impl CommitAction {
             backing_file: spec.backing_file,
             mask_protocol: spec.mask_protocol,
             filter_name: spec.filter_name,
+            copy_mode: spec.copy_mode,
         }
     }
 
@@ -227,6 +230,7 @@ impl CommitAction {
             backing_file: self.backing_file,
             mask_protocol: self.mask_protocol,
             filter_name: self.filter_name,
+            copy_mode: self.copy_mode,
         };
         prepare_commit(spec, txn).await
     }

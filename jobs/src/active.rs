@@ -105,7 +105,9 @@ impl WriteHook for MirrorHook {
         content: WriteContent<'_>,
     ) -> Option<Box<dyn WriteCopy>> {
         let wide = range.widen(self.copy.granularity());
-        if !self.is_active() || (self.whole && wide != range) {
+        // A base that is smaller than its top grows when the commit has begun.
+        let fits = range.end().bytes() <= self.copy.target().size();
+        if !self.is_active() || !fits || (self.whole && wide != range) {
             return None;
         }
         let content = match content {

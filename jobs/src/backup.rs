@@ -126,7 +126,7 @@ async fn run(copy: Rc<Copy>, spec: BackupSpec) -> Result<()> {
         return keep_old(&copy).await;
     }
     if !spec.sync.is_by_bitmap() {
-        copy.plan(Plan { top, all_dirty: true, target_is_zero: false }).await?;
+        copy.plan(&spec.source, Plan { top, all_dirty: true, target_is_zero: false }).await?;
     }
     copy.run_until_clean().await?;
     copy.flush_target().await?;

@@ -59,6 +59,19 @@ impl Section {
         Ok(())
     }
 
+    /// An overlay was put above the source: it is the source now, and `from` lies between. Memory
+    /// only; the overlay is vouched for.
+    pub(crate) fn put_on_top(&self, job: &Job, from: &Rc<Node>, to: &Rc<Node>) -> Result<()> {
+        let of_source = |held: &UserGuard| held.is_use_of(from);
+        let old: Vec<_> =
+            self.held.borrow_mut().uses.extract_if(.., |held| of_source(held)).collect();
+        let carried = old.iter().map(|held| Node::carry_use(to, held));
+        self.held.borrow_mut().uses.extend(carried);
+        drop(old);
+        let shared = Permissions::WRITE_UNCHANGED;
+        self.take(job, from, Role::Between, Permissions { perm: 0, shared })
+    }
+
     /// What lies below `overlay` may change: it does not show.
     pub(crate) fn vouch_for(&self, overlay: &Rc<Node>) {
         self.graph.set_backing_permissions(overlay, Permissions::none());

@@ -28,7 +28,7 @@ use crate::error::{JobError, Result};
 use crate::event::Kind;
 use crate::job::Job;
 use crate::manager::JobManager;
-use crate::spec::JobOptions;
+use crate::spec::{CopyMode, JobOptions};
 use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
 use crate::txn::JobTxn;
 
@@ -50,6 +50,8 @@ pub struct CommitSpec {
     pub mask_protocol: bool,
     /// The name under which queries show the job's filter node.
     pub filter_name: Option<String>,
+    /// Of an active commit: when guest writes reach the base.
+    pub copy_mode: CopyMode,
 }
 
 impl CommitSpec {
@@ -63,6 +65,7 @@ impl CommitSpec {
             backing_file: None,
             mask_protocol: false,
             filter_name: None,
+            copy_mode: CopyMode::Background,
         }
     }
 
@@ -251,7 +254,8 @@ impl Commit {
         if self.hides_a_tail() {
             self.copy.zero_tail().await?;
         }
-        self.copy.plan_layers(&layers_of(&self.lot.nodes), true).await?;
+        let layers = layers_of(&self.lot.nodes);
+        self.copy.plan_layers(&self.spec.top, &layers, true).await?;
         self.copy.run_until_clean().await?;
         self.copy.flush_target().await?;
         Ok(Some(Box::pin(async move { self.finish(section).await })))

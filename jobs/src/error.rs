@@ -4,6 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 
 use crate::chain_error::ChainError;
+use crate::follow_error::FollowError;
 use crate::lifecycle::{Status, Verb};
 
 /// Result of job operations.
@@ -120,6 +121,8 @@ pub enum JobError {
         /// Kind of the job ("mirror").
         kind: &'static str,
     },
+    /// A rule of jobs that follow guests was broken.
+    Follow(FollowError),
     /// More jobs or actions than a named bound.
     TooMany {
         /// What there are too many of.
@@ -378,6 +381,7 @@ impl fmt::Display for JobError {
             Self::BusyWithJob { node, kind } => {
                 write!(f, "Node '{node}' is busy: block device is in use by block job: {kind}")
             }
+            Self::Follow(error) => error.fmt(f),
             Self::TooMany { what, limit } => write!(f, "Too many {what} (at most {limit})"),
             Self::Create(error) => error.fmt(f),
             Self::Snapshot(error) => error.fmt(f),
@@ -462,6 +466,7 @@ impl StdError for JobError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Self::Engine(error)
+            | Self::Follow(FollowError::TargetCannotGrow { source: error, .. })
             | Self::Create(CreateError::Resize { error, .. })
             | Self::Snapshot(
                 SnapshotError::File { source: error, .. }
@@ -475,6 +480,12 @@ impl StdError for JobError {
 impl From<liveblk_engine::Error> for JobError {
     fn from(error: liveblk_engine::Error) -> Self {
         Self::Engine(error)
+    }
+}
+
+impl From<FollowError> for JobError {
+    fn from(error: FollowError) -> Self {
+        Self::Follow(error)
     }
 }
 

@@ -83,15 +83,22 @@ impl JobFilter {
             Kind::Backup => "copy-before-write",
             Kind::Stream => "copy-on-read",
             // An active commit is a mirror, for the peer.
-            Kind::Commit if copy.job().nodes().is_none() => "commit_top",
+            Kind::Commit if !copy.job().is_active_commit() => "commit_top",
             _ => "mirror_top",
         };
-        let below = Rc::clone(copy.source());
-        let graph = Graph::of(below.core());
         let kept = (kind == Kind::Backup).then(|| Rc::clone(copy));
-        let slot = RefCell::new(None);
+        Self::above(copy.source(), driver, kept, name)
+    }
+
+    fn above(
+        below: Rc<Node>,
+        driver: &'static str,
+        copy: Option<Rc<Copy>>,
+        name: Option<&str>,
+    ) -> Result<Self> {
+        let graph = Graph::of(below.core());
         let discard_unmap = below.options().discard_unmap;
-        let filter = Filter { driver, below, copy: kept, slot, of_job: true };
+        let filter = Filter { driver, below, copy, slot: RefCell::new(None), of_job: true };
         let node = graph.add_view(NewView {
             name: name.map(str::to_owned),
             view: Rc::new(filter),
@@ -101,6 +108,16 @@ impl JobFilter {
             discard_unmap,
         })?;
         Ok(Self { graph, id: node.id() })
+    }
+
+    /// The same filter above `node`; a name that was generated is another one then.
+    pub(crate) fn moved_above(self, node: &Rc<Node>) -> Option<Self> {
+        let old = self.graph.node(self.id)?;
+        let (driver, copy) = filter_of(&old).map(|filter| (filter.driver, filter.copy.clone()))?;
+        drop(self);
+        let name = Some(old.name()).filter(|name| !name.starts_with('#'));
+        let moved = Self::above(Rc::clone(node), driver, copy, name.as_deref());
+        moved.inspect_err(|error| tracing::error!(%error, "the filter of a job is gone")).ok()
     }
 }
 

@@ -10,11 +10,13 @@ use std::rc::{Rc, Weak};
 use liveblk_engine::ErrorKind;
 use liveblk_engine::executor::Core;
 use liveblk_engine::executor::sync::{Either, Notify, select};
-use liveblk_engine::node::{Node, NodeId};
+use liveblk_engine::node::{Node, NodeId, UserGuard};
 
 use crate::bitmap_use::BitmapUse;
 use crate::error::JobError;
 use crate::event::{Action, BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind, Operation};
+use crate::fleecing::JobFilter;
+use crate::follow::Follower;
 use crate::lifecycle::{Ending, IoStatus, Life, Status};
 use crate::manager::JobManager;
 use crate::pivot::Pivot;
@@ -39,6 +41,12 @@ pub struct Job {
     error: RefCell<Option<JobError>>,
     busy: Cell<bool>,
     nodes: Cell<Option<(NodeId, NodeId)>>,
+    /// Its use of the source, where that is no part of a section.
+    source_use: RefCell<Option<UserGuard>>,
+    /// The filter that queries show for it.
+    filter: RefCell<Option<JobFilter>>,
+    /// Of a mirror or active commit, while its body runs or waits for its end.
+    follower: RefCell<Weak<Follower>>,
     /// Nodes of one chain that other jobs on chains must leave alone.
     section: RefCell<Vec<NodeId>>,
     /// What the job owns until it is concluded.
@@ -55,7 +63,7 @@ pub struct Job {
     bitmap: RefCell<Option<Rc<BitmapUse>>>,
     /// It has no events and no place in queries: the copies of a client's filter.
     hidden: bool,
-    /// Of a mirror: how guest writes reach the target now.
+    /// Of a mirror or active commit: how guest writes reach the target now.
     copy_mode: Cell<CopyMode>,
     /// Of a mirror: every write that was answered is in the target.
     synced: Cell<bool>,
@@ -83,6 +91,9 @@ impl Job {
             error: RefCell::new(None),
             busy: Cell::new(false),
             nodes: Cell::new(None),
+            source_use: RefCell::new(None),
+            filter: RefCell::new(None),
+            follower: RefCell::new(Weak::new()),
             section: RefCell::default(),
             scope: RefCell::default(),
             last_step: RefCell::new(None),
@@ -278,7 +289,7 @@ impl Job {
         self.decided.get()
     }
 
-    /// How guest writes reach a mirror's target now.
+    /// How guest writes reach the target of a mirror or active commit now.
     pub fn copy_mode(&self) -> CopyMode {
         self.copy_mode.get()
     }
@@ -353,13 +364,53 @@ impl Job {
     /// Gives back what the job has: the end of its scope.
     pub(crate) fn release(&self) {
         let ends = (self.last_step.take(), self.pivot.take());
-        let parts = (ends, self.scope.take(), self.bitmap.take());
+        let shown = (self.filter.take(), self.source_use.take());
+        let parts = (ends, self.scope.take(), self.bitmap.take(), shown);
         drop(parts);
+    }
+
+    /// Uses the source until the job is concluded.
+    pub(crate) fn set_source_use(&self, guard: UserGuard) {
+        self.source_use.replace(Some(guard));
+    }
+
+    /// Uses `source` as it used the old one. Only inside a cut of both.
+    pub(crate) fn carry_source_use(&self, source: &Rc<Node>) {
+        let carried = self.source_use.borrow().as_ref().map(|old| Node::carry_use(source, old));
+        let old = self.source_use.replace(carried);
+        drop(old);
+    }
+
+    /// Shows `filter` until the job is concluded.
+    pub(crate) fn set_filter(&self, filter: JobFilter) {
+        self.filter.replace(Some(filter));
+    }
+
+    /// Shows the filter above `node` from now on.
+    pub(crate) fn move_filter(&self, node: &Rc<Node>) {
+        let filter = self.filter.take();
+        self.filter.replace(filter.and_then(|filter| filter.moved_above(node)));
+    }
+
+    /// It follows the guests of its source.
+    pub(crate) fn set_follower(&self, follower: &Rc<Follower>) {
+        self.follower.replace(Rc::downgrade(follower));
+    }
+
+    /// What follows the guests of its source, until that is over.
+    pub(crate) fn follower(&self) -> Option<Rc<Follower>> {
+        let over = self.decided.get() || self.is_forced();
+        self.follower.borrow().upgrade().filter(|_| !over)
     }
 
     /// Remembers which nodes the job works on.
     pub(crate) fn set_nodes(&self, source: NodeId, target: NodeId) {
         self.nodes.set(Some((source, target)));
+    }
+
+    /// Whether it commits the layer that guests write: only those commits have a source.
+    pub(crate) fn is_active_commit(&self) -> bool {
+        self.kind == Kind::Commit && self.nodes().is_some()
     }
 
     /// Remembers the section of a chain that the job works on.

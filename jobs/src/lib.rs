@@ -30,6 +30,9 @@ mod drive;
 pub mod error;
 pub mod event;
 pub mod fleecing;
+mod follow;
+mod follow_error;
+pub mod growth;
 pub mod internal;
 mod job;
 pub mod lifecycle;
@@ -64,6 +67,8 @@ pub use fleecing::{
     CopyBeforeWriteSpec, add_copy_before_write, add_snapshot_access, is_job_filter,
     job_filter_above,
 };
+pub use follow_error::FollowError;
+pub use growth::resize;
 pub use internal::{InternalSnapshot, delete_internal_snapshot};
 pub use job::Job;
 pub use lifecycle::{Status, Verb};

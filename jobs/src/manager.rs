@@ -16,6 +16,7 @@ use liveblk_engine::node::{NodeId, User};
 
 use crate::error::{JobError, Result};
 use crate::event::{BlockJobInfo, Event, JobInfo, Kind};
+use crate::follow::Follower;
 use crate::job::Job;
 use crate::lifecycle::{Effect, Ending, Status, Verb};
 use crate::limits::{JOBS, LANDING_WAIT_NS, UNHOOK_WAIT_NS};
@@ -130,6 +131,29 @@ impl JobManager {
         })
     }
 
+    /// The mirrors and active commits that follow the guests of `node`.
+    pub(crate) fn followers(&self, node: NodeId) -> Vec<Rc<Follower>> {
+        let jobs = self.jobs.borrow();
+        let of_node = jobs.iter().filter(|job| job.nodes().is_some_and(|(from, _)| from == node));
+        of_node.filter_map(|job| job.follower()).collect()
+    }
+
+    /// Whether job `id` follows the guests of `node`: it can grow then, and its target with it.
+    pub fn follows(&self, id: &str, node: NodeId) -> bool {
+        self.find(id).is_some_and(|job| {
+            job.nodes().is_some_and(|(source, _)| source == node) && job.follower().is_some()
+        })
+    }
+
+    /// The job that has `node` as its source and takes its guests away, but does not follow them
+    /// any more: it is about to end.
+    pub(crate) fn ending_user(&self, node: NodeId) -> Option<Kind> {
+        self.user_where(|job, source, _| {
+            let follows = matches!(job.kind(), Kind::Mirror | Kind::Commit);
+            source == node && follows && job.follower().is_none()
+        })
+    }
+
     /// The job that works on a section of a chain which `node` is in.
     pub(crate) fn section_user(&self, node: NodeId) -> Option<Kind> {
         let jobs = self.jobs.borrow();
@@ -192,21 +216,20 @@ impl JobManager {
         Ok(())
     }
 
-    /// Changes the copy mode of mirror `id`, from the next guest write on. (The peer cannot go back
-    /// to the background.)
+    /// Changes the copy mode of mirror or active commit `id`, from the next guest write on. (The
+    /// peer knows this of mirrors only, which cannot go back to the background there.)
     ///
     /// # Errors
-    /// As [`JobManager::block_job_verb`]; a job that is no mirror.
-    pub fn change(&self, id: &str, copy_mode: CopyMode) -> Result<()> {
+    /// As [`JobManager::block_job_verb`]; a job of another kind.
+    pub fn change(&self, id: &str, copy_mode: impl Into<Option<CopyMode>>) -> Result<()> {
         let job = self.block_job(id)?;
         self.apply(&job, Verb::Change, false)?;
-        match (job.kind(), copy_mode) {
-            (Kind::Mirror, mode) => {
-                job.set_copy_mode(mode);
-                Ok(())
-            }
-            (_, _) => Err(JobError::ChangeUnsupported),
+        match (job.kind(), copy_mode.into()) {
+            (Kind::Mirror, mode) => job.set_copy_mode(mode.unwrap_or_default()),
+            (Kind::Commit, Some(mode)) if job.is_active_commit() => job.set_copy_mode(mode),
+            (_, _) => return Err(JobError::ChangeUnsupported),
         }
+        Ok(())
     }
 
     /// The rows of `query-jobs`, newest first.

@@ -38,8 +38,19 @@ pub(crate) async fn pivot_together(
         for (job, pivot) in pivots {
             (pivot.approach)().await.map_err(|error| (Rc::clone(job), error))?;
         }
-        let parts = pivots.iter().map(|(_, pivot)| (pivot.part)()).collect();
+        let mut shapes = Vec::new();
+        for (_, pivot) in pivots {
+            shapes.push(pivot.copy.hold_shape().await);
+        }
+        let parts: Vec<_> = pivots.iter().map(|(_, pivot)| (pivot.part)()).collect();
+        let known: Vec<_> = pivots.iter().map(|(_, pivot)| pivot.copy.source().id()).collect();
         let Err(error) = cut(core, parts, CUT_WAIT_NS).await else { return Ok(()) };
+        drop(shapes);
+        let stays = |((_, pivot), known): (&(_, Pivot), _)| pivot.copy.check_source(known).is_ok();
+        if !pivots.iter().zip(known).all(stays) {
+            // A snapshot moved guests first, and the jobs with them.
+            continue;
+        }
         let mut answered = false;
         for (job, pivot) in pivots {
             let failed = |error| (Rc::clone(job), error);

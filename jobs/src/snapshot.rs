@@ -20,6 +20,7 @@ use liveblk_engine::storage::{self, File, FileOptions, LockRequest, Storage};
 use liveblk_engine::{Error, ErrorKind};
 
 use crate::error::{JobError, Result, SnapshotError};
+use crate::event::Kind;
 use crate::limits::FINISH_TRIES;
 use crate::manager::JobManager;
 use crate::start::flush_ahead;
@@ -100,6 +101,9 @@ pub(crate) fn prepare_nodes(core: &Core, node: &str, overlay: &str) -> Result<Pr
     let guests = base.users().iter().any(|user| matches!(user, User::Guest { .. }));
     let written = |(_, with): &(User, Permissions)| with.perm & Permissions::WRITE != 0;
     // A job goes on writing to its target: guests must not come to it, too.
+    let followers = JobManager::of(core).followers(base.id());
+    // A job that follows the guests comes to the overlay, too.
+    let guests = guests || !followers.is_empty();
     let two_writers = guests && overlay.uses().iter().any(written);
     if overlay.id() == base.id() || two_writers {
         return Err(SnapshotError::OverlayInUse.into());
@@ -139,8 +143,14 @@ pub(crate) async fn prepare_file(core: &Core, spec: SnapshotFile) -> Result<Prep
 
 /// Refuses a node that somebody would go on writing below the overlay.
 fn check_base(core: &Core, base: &Rc<Node>) -> Result<()> {
-    if let Some(kind) = JobManager::of(core).exclusive_user(base.id()) {
-        return Err(JobError::BusyWithJob { node: (*base.name()).into(), kind: kind.name() });
+    let manager = JobManager::of(core);
+    let busy = |kind: &'static str| JobError::BusyWithJob { node: (*base.name()).into(), kind };
+    let id = base.id();
+    if let Some(kind) = manager.target_user(id).or_else(|| manager.ending_user(id)) {
+        return Err(busy(kind.name()));
+    }
+    if let Some(kind) = stays_below(&manager, base) {
+        return Err(busy(kind));
     }
     for (user, permissions) in base.uses() {
         let stays = !matches!(user, User::Guest { .. });
@@ -152,6 +162,20 @@ fn check_base(core: &Core, base: &Rc<Node>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Who would go on reading `base` as the snapshot, though an active commit that follows the guests
+/// puts what they write above it into the layers below.
+fn stays_below(manager: &JobManager, base: &Rc<Node>) -> Option<&'static str> {
+    let followers = manager.followers(base.id());
+    followers.iter().find(|follower| follower.copy().job().kind() == Kind::Commit)?;
+    let follows = |id: &str| followers.iter().any(|known| &**known.copy().job().id() == id);
+    base.users().iter().find_map(|user| match user {
+        User::Guest { .. } => None,
+        User::Job { id, .. } if follows(id) => None,
+        User::Job { kind, .. } => Some(*kind),
+        _ => Some(Kind::Commit.name()),
+    })
 }
 
 fn check_overlay(core: &Core, overlay: &Rc<Node>) -> Result<()> {
@@ -197,12 +221,26 @@ impl PreparedSnapshot {
     /// Gives a created file its name, and makes the flush inside the cut short.
     pub(crate) async fn publish(&mut self, core: &Core) -> Result<()> {
         flush_ahead(&self.base).await;
-        // What was true when it was prepared may have changed since.
-        check_base(core, &self.base)?;
+        self.check(core)?;
         match &mut self.origin {
             Origin::Created(file) => file.publish(core).await,
             Origin::Client | Origin::Opened => Ok(()),
         }
+    }
+
+    /// With the gates closed: what was true when it was prepared may have changed since.
+    pub(crate) fn check(&self, core: &Core) -> Result<()> {
+        check_base(core, &self.base)?;
+        if self.base.is_stale() {
+            let kind = Kind::Commit.name();
+            return Err(JobError::BusyWithJob { node: (*self.base.name()).into(), kind });
+        }
+        let sizes = (self.base.size(), self.overlay.size());
+        let follows = !JobManager::of(core).followers(self.base.id()).is_empty();
+        if follows && sizes.0 != sizes.1 {
+            return Err(JobError::SizesDiffer);
+        }
+        Ok(())
     }
 
     /// Moves the guests. Only inside the cut of [`PreparedSnapshot::nodes`].
@@ -211,6 +249,10 @@ impl PreparedSnapshot {
         if let Err(error) = graph.set_backing(&self.overlay, Some(&self.base)) {
             // Writers of the base moved away just now and jobs on it were refused before.
             unreachable!("invariant: nobody writes the base of a snapshot: {error}");
+        }
+        // Jobs that are to take the guests over go with them.
+        for follower in JobManager::of(graph.core()).followers(self.base.id()) {
+            follower.move_to(graph, &self.overlay);
         }
     }
 

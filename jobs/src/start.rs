@@ -11,8 +11,8 @@ use std::rc::Rc;
 use liveblk_engine::executor::Class;
 use liveblk_engine::executor::sync::{Either, select};
 use liveblk_engine::format::LocalFuture;
-use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
-use liveblk_engine::node::{HookId, Node, Origin, Permissions, Role, User, WriteHook};
+use liveblk_engine::graph::{BeforeSwap, CutPart, Graph, Swap, cut};
+use liveblk_engine::node::{HookId, Node, NodeId, Origin, Permissions, Role, User, WriteHook};
 
 use crate::bitmap_use::BitmapUse;
 use crate::copy::Copy;
@@ -28,10 +28,12 @@ use crate::spec::BitmapMode;
 
 /// A hook on a node, or its place.
 pub(crate) struct HookSlot {
-    node: Rc<Node>,
+    node: RefCell<Rc<Node>>,
     /// None: a job that guests' writes do not concern.
     hook: Option<Rc<dyn WriteHook>>,
     id: Cell<Option<HookId>>,
+    /// Where it was first: the node whose content at the start the job is about.
+    first: RefCell<Rc<Node>>,
     /// What else happens at the instant of the start.
     at_start: RefCell<Option<Box<dyn FnOnce()>>>,
 }
@@ -62,8 +64,8 @@ impl HookSlot {
     }
 
     fn place(node: &Rc<Node>, hook: Option<Rc<dyn WriteHook>>) -> Rc<Self> {
-        let (node, id) = (Rc::clone(node), Cell::new(None));
-        Rc::new(Self { node, hook, id, at_start: RefCell::new(None) })
+        let (first, id) = (RefCell::new(Rc::clone(node)), Cell::new(None));
+        Rc::new(Self { node: first.clone(), hook, id, first, at_start: RefCell::new(None) })
     }
 
     /// Does `what` in the cut in which the hook comes in.
@@ -82,14 +84,37 @@ impl HookSlot {
             what();
         }
         if let Some(hook) = &self.hook {
-            self.id.set(Some(self.node.add_hook(Rc::clone(hook))));
+            self.id.set(Some(self.node().add_hook(Rc::clone(hook))));
         }
+    }
+
+    fn node(&self) -> Rc<Node> {
+        Rc::clone(&self.node.borrow())
+    }
+
+    /// The hook is that of `to` from now on, if it is in place, else when it comes. Only inside a
+    /// cut of both nodes.
+    pub(crate) fn move_to(&self, to: &Rc<Node>) {
+        let installed = self.id.get().is_some();
+        self.remove();
+        self.node.replace(Rc::clone(to));
+        if installed {
+            self.install();
+        } else {
+            self.first.replace(Rc::clone(to));
+        }
+    }
+
+    /// The node whose content at the start the job is about: what was written to nodes above it
+    /// since, the hook knows.
+    pub(crate) fn first(&self) -> Rc<Node> {
+        Rc::clone(&self.first.borrow())
     }
 
     /// Only inside a cut of the node; a second time does nothing.
     pub(crate) fn remove(&self) {
         if let Some(id) = self.id.take() {
-            self.node.remove_hook(id);
+            self.node().remove_hook(id);
         }
     }
 
@@ -99,15 +124,15 @@ impl HookSlot {
         if self.id.get().is_none() {
             return;
         }
-        let core = self.node.core().clone();
+        let core = self.node().core().clone();
         let slot = Rc::clone(self);
         let removal = core.spawn(Class::Background, async move {
-            while slot.id.get().is_some() && still_there(&slot.node) {
-                let inner = Rc::clone(&slot);
-                let part = cut_of(&slot.node, Swap::Local(Box::new(move |_| inner.remove())));
-                if let Err(error) = cut(slot.node.core(), vec![part], CUT_WAIT_NS).await {
+            while slot.id.get().is_some() && still_there(&slot.node()) {
+                let (node, inner) = (slot.node(), Rc::clone(&slot));
+                let part = cut_of(&node, Swap::Local(Box::new(move |_| inner.remove())));
+                if let Err(error) = cut(node.core(), vec![part], CUT_WAIT_NS).await {
                     tracing::warn!(%error, "the hook of an ended job is still in place");
-                    slot.node.core().sleep(UNHOOK_WAIT_NS).await;
+                    node.core().sleep(UNHOOK_WAIT_NS).await;
                 }
             }
         });
@@ -179,16 +204,27 @@ impl Prepared {
         if self.slot.is_empty() {
             return Ok(self.commit());
         }
-        let slot = Rc::clone(&self.slot);
-        let part = cut_of(self.copy.source(), Swap::Local(Box::new(move |_| slot.install())));
-        match cut(self.job().core(), vec![part], CUT_WAIT_NS).await {
-            Ok(()) => Ok(self.commit()),
-            Err(error) => {
-                self.abort().await;
-                Err(error.into())
+        loop {
+            let (source, slot) = (self.copy.source(), Rc::clone(&self.slot));
+            let mut part = cut_of(&source, Swap::Local(Box::new(move |_| slot.install())));
+            part.before_swap = Some(stays(&self.copy, source.id()));
+            match cut(self.job().core(), vec![part], CUT_WAIT_NS).await {
+                Ok(()) => return Ok(self.commit()),
+                // A snapshot moved the guests first, and the job with them.
+                Err(_) if self.copy.source().id() != source.id() => {}
+                Err(error) => {
+                    self.abort().await;
+                    return Err(error.into());
+                }
             }
         }
     }
+}
+
+/// With the gates of `source` closed: an error if the guests of a job are not there any more.
+fn stays(copy: &Rc<Copy>, source: NodeId) -> BeforeSwap {
+    let copy = Rc::clone(copy);
+    Box::new(move |_| Box::pin(async move { copy.check_source(source) }))
 }
 
 /// The job's own task.
@@ -231,7 +267,7 @@ impl Drop for Cleanup {
     fn drop(&mut self) {
         self.copy.kill();
         let slot = Rc::clone(&self.slot);
-        let core = slot.node.core().clone();
+        let core = slot.node().core().clone();
         drop(core.spawn(Class::Background, async move { slot.remove_in_cut().await }));
     }
 }
@@ -255,7 +291,7 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
     let write = Permissions { perm: Permissions::WRITE, shared };
     let source = graph.use_node(source, user(Role::Source), read)?;
     let target: Rc<dyn Any> = Rc::new(graph.use_node(target, user(Role::Target), write)?);
-    job.keep(Box::new(source));
+    job.set_source_use(source);
     job.keep(Box::new(Rc::clone(&target)));
     Ok(target)
 }
@@ -263,7 +299,7 @@ pub(crate) fn use_nodes(job: &Job, source: &Rc<Node>, target: &Rc<Node>) -> Resu
 /// Holds a user's bitmap of the source for the job. A job that cannot is taken back.
 pub(crate) fn use_bitmap(copy: &Rc<Copy>, name: &str, mode: BitmapMode) -> Result<Rc<BitmapUse>> {
     let job = copy.job();
-    match BitmapUse::hold(copy.source(), name, mode, job.id()) {
+    match BitmapUse::hold(&copy.source(), name, mode, job.id()) {
         Ok(bitmap) => {
             job.set_bitmap(&bitmap);
             Ok(bitmap)
@@ -282,7 +318,7 @@ pub(crate) fn use_bitmap(copy: &Rc<Copy>, name: &str, mode: BitmapMode) -> Resul
 pub(crate) fn show_filter(kind: Kind, copy: &Rc<Copy>, name: Option<&str>) -> Result<()> {
     match JobFilter::add(kind, copy, name) {
         Ok(filter) => {
-            copy.job().keep(Box::new(filter));
+            copy.job().set_filter(filter);
             Ok(())
         }
         Err(error) => {

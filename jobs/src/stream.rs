@@ -197,7 +197,7 @@ impl Stream {
             let end = self.bottom().filter(|bottom| !bottom.has_backing());
             let last = u32::try_from(self.nodes.len()).unwrap_or(u32::MAX);
             let layers = Layers { copied: 1..last, end: end.map(|bottom| bottom.size()) };
-            self.copy.plan_layers(&layers, true).await?;
+            self.copy.plan_layers(&self.spec.node, &layers, true).await?;
             self.copy.run_until_clean().await?;
             if let Some(error) = self.copy.skipped() {
                 return Err(error);

@@ -169,6 +169,17 @@ impl Step {
         }
     }
 
+    /// With all gates closed, before any swap: images take their own snapshots, and what may have
+    /// changed since it was prepared is looked at again.
+    async fn begin_cut(&mut self, core: &Core) -> Result<()> {
+        match self {
+            Self::Internal(snapshot) => snapshot.take().await,
+            Self::Snapshot(snapshot) => snapshot.check(core),
+            Self::Job(job) => Ok(job.copy.check_source(job.slot.first().id())?),
+            Self::Bitmap(_) => Ok(()),
+        }
+    }
+
     fn swap(&self, graph: &Rc<Graph>) {
         match self {
             Self::Snapshot(snapshot) => snapshot.swap(graph),
@@ -347,11 +358,9 @@ fn take_internal(
     Box::new(move |_| {
         Box::pin(async move {
             for home in homes {
-                let taken = with_steps(&core, home, number, async |_, steps| {
+                let taken = with_steps(&core, home, number, async |core, steps| {
                     for step in steps {
-                        if let Step::Internal(snapshot) = step {
-                            snapshot.take().await?;
-                        }
+                        step.begin_cut(core).await?;
                     }
                     Ok(())
                 });

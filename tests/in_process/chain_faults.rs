@@ -66,6 +66,7 @@ impl Work {
             backing_file: None,
             mask_protocol: false,
             filter_name: None,
+            copy_mode: Default::default(),
         };
         match self {
             Self::Flatten => start_stream(stream(top, StreamTo::End)).await.map(drop),

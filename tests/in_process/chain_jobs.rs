@@ -29,6 +29,7 @@ fn commit(device: &Rc<Node>, top: &Rc<Node>, base: &Rc<Node>, job: JobOptions) -
         backing_file: None,
         mask_protocol: false,
         filter_name: None,
+        copy_mode: Default::default(),
     }
 }
 

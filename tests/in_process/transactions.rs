@@ -374,7 +374,7 @@ fn a_snapshot_under_a_backup_moves_the_guest_and_the_backup_stays_at_its_instant
 }
 
 #[test]
-fn a_snapshot_under_a_mirror_is_refused_and_changes_nothing() {
+fn a_snapshot_of_the_target_of_a_mirror_is_refused_and_changes_nothing() {
     let mut sim = crate::rig::world(41);
     let fs = sim.fs();
     sim.block_on(0, |core| async move {
@@ -393,9 +393,9 @@ fn a_snapshot_under_a_mirror_is_refused_and_changes_nothing() {
         })
         .await
         .expect("it starts");
-        let text = here(&core, vec![snapshot("a", "a1")]).await.unwrap_err();
-        assert_eq!(text, "Node 'a' is busy: block device is in use by block job: mirror");
-        assert!(fs.read("/a1.qcow2").is_none());
+        let text = here(&core, vec![snapshot("t", "t1")]).await.unwrap_err();
+        assert_eq!(text, "Node 't' is busy: block device is in use by block job: mirror");
+        assert!(fs.read("/t1.qcow2").is_none());
         assert_eq!(&*guest.node_name(), "a");
         JobManager::of(&core).cancel_all().await;
     });

@@ -19,7 +19,7 @@ use super::errors::Failure;
 use super::events::{self, Sinks};
 use super::objects::Objects;
 use crate::limits::EXPORTS_FIRST_NS;
-use crate::schema::{Command, JobVerb, MirrorCopyMode};
+use crate::schema::{Command, JobVerb};
 
 pub(super) type Result<T, E = Failure> = std::result::Result<T, E>;
 
@@ -141,8 +141,7 @@ impl Control {
             }
             Command::BlockJobSetSpeed { id, speed } => jobs.set_speed(&id, speed)?,
             Command::BlockJobChange(change) => {
-                let mode = change.copy_mode.unwrap_or(MirrorCopyMode::Background);
-                jobs.change(&change.id, super::jobs::copy_mode(mode))?;
+                jobs.change(&change.id, change.copy_mode.map(super::jobs::copy_mode))?;
             }
             // The caller gives only commands of jobs.
             _ => {}

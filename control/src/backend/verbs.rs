@@ -2,8 +2,9 @@
 //! that its writes are watched for.
 //!
 //! Owns: who may be in the way, with the peer's texts. A larger size is no harm to a front door or
-//! to a backup (which stays the disk as it was at its start), so they do not refuse it; a smaller
-//! one is refused by everybody who uses the node.
+//! to a backup (which stays the disk as it was at its start), so they do not refuse it; mirrors and
+//! active commits grow their targets with it. A smaller one is refused by everybody who uses the
+//! node.
 
 use std::rc::Rc;
 
@@ -12,6 +13,7 @@ use liveblk_engine::format::{BackingRef, Preallocation};
 use liveblk_engine::graph::GraphError;
 use liveblk_engine::node::{Node, Permissions, Role, User};
 use liveblk_engine::storage::Tell;
+use liveblk_jobs::JobManager;
 use serde_json::json;
 
 use super::control::{Control, Result};
@@ -81,8 +83,8 @@ impl Control {
         let node = self.graph.find(&name).map_err(|_| Failure::no_node(&device, &name))?;
         let size = u64::try_from(resize.size)
             .map_err(|_| Failure::generic("Parameter 'size' expects a >0 size"))?;
-        check_resize(&node, size)?;
-        Ok(node.resize(size, Preallocation::Off).await?)
+        check_resize(&self.jobs, &node, size)?;
+        Ok(liveblk_jobs::resize(&node, size, Preallocation::Off).await?)
     }
 }
 
@@ -114,7 +116,7 @@ fn tell_of(core: &Core, node: &Rc<Node>) -> Tell {
 }
 
 /// Who is in the way of a new size.
-fn check_resize(node: &Rc<Node>, size: u64) -> Result<()> {
+fn check_resize(jobs: &JobManager, node: &Rc<Node>, size: u64) -> Result<()> {
     let name = node.name().to_string();
     let grows = size >= node.size();
     let users = node.users();
@@ -125,6 +127,8 @@ fn check_resize(node: &Rc<Node>, size: u64) -> Result<()> {
                 return Err(refusal(GraphError::BusyAsChild { node: name, edge, parent }));
             }
             User::Job { kind: "backup", role: Role::Source, .. } => {}
+            // Its target grows, too; a smaller size is refused by it.
+            User::Job { id, role: Role::Source, .. } if jobs.follows(id, node.id()) => {}
             User::Job { kind: "backup", role: Role::Target, .. } if !grows => {
                 let kind = "backup".to_owned();
                 return Err(refusal(GraphError::BusyWithJob { node: name, kind }));
@@ -137,7 +141,8 @@ fn check_resize(node: &Rc<Node>, size: u64) -> Result<()> {
         }
     }
     let tolerates = |user: &User| match user {
-        User::Guest { .. } | User::Job { .. } => grows,
+        User::Guest { .. } => grows,
+        User::Job { id, .. } => grows || jobs.follows(id, node.id()),
         _ => false,
     };
     if !users.iter().all(tolerates) {

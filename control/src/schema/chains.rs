@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::jobs::{ON_ERROR, OnError};
+use super::jobs::{COPY_MODE, MirrorCopyMode, ON_ERROR, OnError};
 use super::types::{INT, Member, ObjectType, Type, may, need, object};
 
 const fn may_deprecated(name: &'static str) -> Member {
@@ -43,6 +43,7 @@ pub(super) static COMMIT: ObjectType = object(
         may("filter-node-name", Type::Str),
         may("auto-finalize", Type::Bool),
         may("auto-dismiss", Type::Bool),
+        may("copy-mode", Type::Enum(&COPY_MODE)),
     ],
 );
 
@@ -104,4 +105,7 @@ pub struct BlockCommit {
     pub top_node: Option<String>,
     /// File name of that layer.
     pub top: Option<String>,
+    /// Ours: how guest writes reach the base, where the top is the layer that guests write.
+    #[serde(default)]
+    pub copy_mode: MirrorCopyMode,
 }

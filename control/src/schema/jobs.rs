@@ -30,7 +30,7 @@ static MIRROR_SYNC: EnumType =
     words("MirrorSyncMode", &["top", "full", "none", "incremental", "bitmap"]);
 pub(super) static ON_ERROR: EnumType =
     words("BlockdevOnError", &["report", "ignore", "enospc", "stop", "auto"]);
-static COPY_MODE: EnumType = words("MirrorCopyMode", &["background", "write-blocking"]);
+pub(super) static COPY_MODE: EnumType = words("MirrorCopyMode", &["background", "write-blocking"]);
 static BITMAP_SYNC: EnumType = words("BitmapSyncMode", &["on-success", "never", "always"]);
 
 pub(super) static BY_ID: ObjectType = object("JobId", &[need("id", Type::Str)]);
@@ -42,10 +42,16 @@ pub(super) static SET_SPEED: ObjectType =
 
 static CHANGE_MIRROR: ObjectType =
     object("BlockJobChangeOptionsMirror", &[need("copy-mode", Type::Enum(&COPY_MODE))]);
+/// Ours: an active commit can change its mode, too.
+static CHANGE_COMMIT: ObjectType =
+    object("BlockJobChangeOptionsCommit", &[may("copy-mode", Type::Enum(&COPY_MODE))]);
 pub(super) static CHANGE: ObjectType = ObjectType {
     name: "BlockJobChangeOptions",
     members: &[need("id", Type::Str), need("type", Type::Enum(&JOB_TYPE))],
-    variants: Some(Variants { tag: "type", cases: &[("mirror", &CHANGE_MIRROR)] }),
+    variants: Some(Variants {
+        tag: "type",
+        cases: &[("mirror", &CHANGE_MIRROR), ("commit", &CHANGE_COMMIT)],
+    }),
     features: &[],
 };
 

@@ -180,12 +180,17 @@ impl Users {
         let entry = guard.node.upgrade().and_then(|old| {
             old.users.entries.borrow().iter().find(|entry| entry.id == guard.id).cloned()
         });
-        let entry = entry.expect("invariant: an attachment is a user of its node");
+        let entry = entry.expect("invariant: the guard of a use is held as long as the use");
         self.insert(node, entry.user, entry.permissions)
     }
 }
 
 impl UserGuard {
+    /// Whether it is a use of `node`.
+    pub fn is_use_of(&self, node: &Node) -> bool {
+        self.node.upgrade().is_some_and(|used| used.id() == node.id())
+    }
+
     /// Whether it is an overlay's use of the backing node `node`.
     pub(crate) fn is_backing_use_of(&self, node: &Node) -> bool {
         self.node.upgrade().is_some_and(|used| {
@@ -233,6 +238,15 @@ impl Node {
             return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
         }
         Ok(node.users.insert(node, user, permissions))
+    }
+
+    /// The same user with the same permissions at `node`. Only inside a cut of both nodes, where
+    /// the caller has made sure that it fits.
+    ///
+    /// # Panics
+    /// If the use has ended: a programming error.
+    pub fn carry_use(node: &Rc<Self>, guard: &UserGuard) -> UserGuard {
+        node.users.transfer(node, guard)
     }
 
     /// Everybody who uses the node now.

@@ -66,7 +66,7 @@ impl Copy {
         if self.discard_source && !run.urgent {
             let range = run.region.range();
             // Space that stays taken is all that a failure costs.
-            let _ = self.source.discard(range.start.bytes(), range.len, Origin::Derived).await;
+            let _ = self.source().discard(range.start.bytes(), range.len, Origin::Derived).await;
         }
         self.note_landed(range);
         drop(run);
@@ -98,7 +98,7 @@ impl Copy {
         let bytes = self.job.core().pool().alloc(len);
         // Never at the gate: a guest that was admitted, or the last pass behind closed gates, may
         // wait for this read. What it reads is stable (backup) or marked dirty again (mirror).
-        let read = self.source.read(piece.start.bytes(), bytes.clone(), Origin::Derived);
+        let read = self.source().read(piece.start.bytes(), bytes.clone(), Origin::Derived);
         match read.await {
             Ok(()) if self.is_dead() => None,
             Ok(()) => Some(bytes),

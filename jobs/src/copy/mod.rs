@@ -23,10 +23,12 @@ mod pieces;
 mod plan;
 mod run;
 mod section;
+mod shape;
 mod state;
 
 pub(crate) use self::before::BeforeWrite;
 pub(crate) use self::pieces::Piece;
 pub(crate) use self::plan::Plan;
 pub(crate) use self::section::Layers;
+pub(crate) use self::shape::Shape;
 pub(crate) use self::state::{Bounds, Copy, CopySetup};

@@ -27,27 +27,34 @@ pub(crate) struct Plan {
 }
 
 impl Copy {
-    /// Makes the plan.
+    /// Makes the plan from what `source` holds, the node of the start. A snapshot may move the
+    /// guests, and the job, above it meanwhile: what is written there is marked by the hook.
     ///
     /// # Errors
     /// As [`Copy::run_until_clean`].
-    pub(crate) async fn plan(self: &Rc<Self>, plan: Plan) -> Result<()> {
-        let mut at = 0;
-        while at < self.size() {
+    pub(crate) async fn plan(self: &Rc<Self>, source: &Rc<Node>, plan: Plan) -> Result<()> {
+        // What is written beyond the end that the source has now is marked by the hook.
+        let (size, mut at) = (self.size().min(source.size()), 0);
+        while at < size {
             self.check()?;
             self.job.pause_point().await;
-            let step = GuestRange::new(at, PLAN_STEP.min(self.size() - at));
-            self.plan_step(plan, step).await?;
+            let step = GuestRange::new(at, PLAN_STEP.min(size - at));
+            self.plan_step(source, plan, step).await?;
             at = step.end().bytes();
         }
         self.touched.replace(None);
         Ok(())
     }
 
-    async fn plan_step(self: &Rc<Self>, plan: Plan, step: GuestRange) -> Result<()> {
+    async fn plan_step(
+        self: &Rc<Self>,
+        source: &Rc<Node>,
+        plan: Plan,
+        step: GuestRange,
+    ) -> Result<()> {
         let fresh = DirtyBitmap::new(self.size(), self.granularity());
         self.touched.replace(Some(fresh));
-        let source = self.source_status(step).await?;
+        let source = self.status_of(source, step).await?;
         let part = |runs: &[StatusExtent], pick: fn(&StatusExtent) -> bool| {
             granules(step.len, self.granularity(), runs, pick)
         };
@@ -66,9 +73,13 @@ impl Copy {
         Ok(())
     }
 
-    pub(super) async fn source_status(&self, step: GuestRange) -> Result<Vec<StatusExtent>> {
+    pub(super) async fn status_of(
+        &self,
+        source: &Rc<Node>,
+        step: GuestRange,
+    ) -> Result<Vec<StatusExtent>> {
         loop {
-            let status = self.source.block_status(step.start.bytes(), step.len);
+            let status = source.block_status(step.start.bytes(), step.len);
             match self.job.unless_dead(status, || self.is_dead()).await {
                 None => return self.check().and(Err(JobError::Cancelled)),
                 Some(Ok(runs)) => return Ok(runs),

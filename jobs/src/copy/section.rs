@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use liveblk_engine::address::GuestRange;
 use liveblk_engine::bitmap::DirtyBitmap;
-use liveblk_engine::node::{StatusExtent, StatusKind};
+use liveblk_engine::node::{Node, StatusExtent, StatusKind};
 
 use super::plan::{Plan, is_data};
 use super::state::Copy;
@@ -45,24 +45,26 @@ impl Layers {
 }
 
 impl Copy {
-    /// Plans to copy what `layers` hold. With `all_dirty` everything is dirty already and what
-    /// needs no copy counts as done; else nothing is, and only what needs one is counted.
+    /// Plans to copy what `layers`, counted from `source`, hold; `source` is that of the start, as
+    /// in [`Copy::plan`]. With `all_dirty` everything is dirty already and what needs no copy
+    /// counts as done; else nothing is, and only what needs one is counted.
     ///
     /// # Errors
     /// As [`Copy::run_until_clean`].
     pub(crate) async fn plan_layers(
         self: &Rc<Self>,
+        source: &Rc<Node>,
         layers: &Layers,
         all_dirty: bool,
     ) -> Result<()> {
-        let mut at = 0;
-        while at < self.size() {
+        let (size, mut at) = (self.size().min(source.size()), 0);
+        while at < size {
             self.check()?;
             self.job.pause_point().await;
-            let step = GuestRange::new(at, PLAN_STEP.min(self.size() - at));
+            let step = GuestRange::new(at, PLAN_STEP.min(size - at));
             let fresh = DirtyBitmap::new(self.size(), self.granularity());
             self.touched.replace(Some(fresh));
-            let runs = self.source_status(step).await?;
+            let runs = self.status_of(source, step).await?;
             let copy = layers.granules(step, self.granularity(), &runs);
             let mut data = DirtyBitmap::new(step.len, self.granularity());
             let mut from = 0;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use liveblk_engine::address::GuestRange;
 use liveblk_engine::bitmap::DirtyBitmap;
-use liveblk_engine::node::{Node, Origin};
+use liveblk_engine::node::{Node, NodeId, Origin};
 
 use super::before::{BeforeWrite, Crowd};
 use crate::error::{JobError, Result};
@@ -73,9 +73,14 @@ impl Default for Bounds {
 /// The copies of one job.
 pub(crate) struct Copy {
     pub(super) job: Rc<Job>,
-    pub(super) source: Rc<Node>,
+    /// Follows its guests to another node of equal content.
+    source: RefCell<Rc<Node>>,
     pub(super) target: Rc<Node>,
-    size: u64,
+    pub(super) size: Cell<u64>,
+    /// Held while the size changes, and by a cut that ends the job: one excludes the other.
+    pub(super) shape: Cell<bool>,
+    /// The source is growing: no copy begins.
+    pub(super) growing: Cell<bool>,
     pub(super) unit: u64,
     whole_granules: bool,
     pub(super) compress: bool,
@@ -159,9 +164,11 @@ impl Copy {
             keeps_bytes: setup.keeps_bytes,
             discard_source: setup.discard_source,
             job: setup.job,
-            source: setup.source,
+            source: RefCell::new(setup.source),
             target: setup.target,
-            size,
+            size: Cell::new(size),
+            shape: Cell::new(false),
+            growing: Cell::new(false),
             regions: Rc::default(),
             before: setup.before,
             crowd: Crowd::default(),
@@ -205,17 +212,34 @@ impl Copy {
         &self.job
     }
 
-    pub(crate) fn source(&self) -> &Rc<Node> {
-        &self.source
+    pub(crate) fn source(&self) -> Rc<Node> {
+        Rc::clone(&self.source.borrow())
+    }
+
+    /// Whether the source is still `known`: a cut that closed the gates of that one may go on.
+    ///
+    /// # Errors
+    /// `Cancelled` if guests, and the job with them, have moved since.
+    pub(crate) fn check_source(&self, known: NodeId) -> liveblk_engine::Result<()> {
+        if self.source.borrow().id() == known {
+            return Ok(());
+        }
+        Err(liveblk_engine::Error::new(liveblk_engine::ErrorKind::Cancelled, "follow the guests"))
+    }
+
+    /// From now on copies read `source`, which holds what the old one does. Only inside a cut of
+    /// both.
+    pub(crate) fn set_source(&self, source: &Rc<Node>) {
+        self.source.replace(Rc::clone(source));
     }
 
     pub(crate) fn target(&self) -> &Rc<Node> {
         &self.target
     }
 
-    /// Bytes that are copied: the size of the source at the start.
+    /// Bytes that are copied: the size of the source at the start, or to which it has grown since.
     pub(crate) fn size(&self) -> u64 {
-        self.size
+        self.size.get()
     }
 
     /// Whether nothing may start any more.
@@ -247,7 +271,7 @@ impl Copy {
         }
     }
 
-    /// What the copies hold of their nodes, until they are killed.
+    /// The use of the target, for who may outlive the copies; `None` when they are over.
     pub(crate) fn hold(&self) -> Option<Rc<dyn Any>> {
         self.hold.borrow().clone()
     }
@@ -332,8 +356,9 @@ impl Copy {
 
     /// Whether one more background copy may start.
     pub(super) fn has_room(&self) -> bool {
-        let units = self.units_in_flight.get();
-        units == 0 || (units < self.bounds.units && self.bytes_in_flight.get() < self.bounds.bytes)
+        let (units, bytes) = (self.units_in_flight.get(), self.bytes_in_flight.get());
+        let fits = units < self.bounds.units && bytes < self.bounds.bytes;
+        !self.growing.get() && (units == 0 || fits)
     }
 
     /// Takes `bytes` of the copy-before-write reserve; one copy always fits. Given back with the
@@ -456,8 +481,8 @@ impl Copy {
     fn counted_todo(&self) -> u64 {
         let todo = self.todo.borrow();
         let bytes = todo.dirty_bytes();
-        let tail = self.size % todo.granularity();
-        if self.whole_granules || tail == 0 || !todo.test(self.size - 1) {
+        let tail = self.size() % todo.granularity();
+        if self.whole_granules || tail == 0 || !todo.test(self.size() - 1) {
             return bytes;
         }
         bytes - (todo.granularity() - tail)

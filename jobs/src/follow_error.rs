@@ -1,0 +1,58 @@
+//! What is wrong with a job that follows guests, or with a new size under it. The peer has none of
+//! these: it refuses every new size under a job.
+
+use std::fmt;
+
+/// Refusals of jobs that follow guests.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum FollowError {
+    /// A smaller size of a node that a job follows.
+    Shrinks {
+        /// The node.
+        node: Box<str>,
+        /// The job.
+        job: Box<str>,
+        /// Its kind ("mirror").
+        kind: &'static str,
+    },
+    /// A larger size of a node that a job follows, whose target does not take it.
+    TargetCannotGrow {
+        /// The node.
+        node: Box<str>,
+        /// The job.
+        job: Box<str>,
+        /// Its kind ("mirror").
+        kind: &'static str,
+        /// The target.
+        target: Box<str>,
+        /// Why it does not.
+        source: liveblk_engine::Error,
+    },
+}
+
+impl fmt::Display for FollowError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shrinks { node, job, kind } => write!(
+                f,
+                "Node '{node}' is busy: block device is in use by block job: {kind} (a disk that \
+                 job '{job}' follows can grow, not shrink)"
+            ),
+            Self::TargetCannotGrow { node, job, kind, target, source } => write!(
+                f,
+                "Node '{node}' cannot grow: {kind} job '{job}' follows it, and its target \
+                 '{target}' cannot grow: {source}"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for FollowError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::TargetCannotGrow { source, .. } => Some(source),
+            Self::Shrinks { .. } => None,
+        }
+    }
+}
