@@ -204,45 +204,53 @@ fn a_disk_grows_under_an_active_commit_over_smaller_and_larger_bases() {
 
 #[test]
 fn a_target_that_cannot_grow_is_told_and_nothing_has_changed() {
-    let mut sim = rig::world(160);
-    let (chain, d, target) = sim.block_on(0, |core| async move {
-        let chain = Chain::make(&core, &Layer::usual(0), true).await;
-        let d = chain.top();
-        let target = chains::fresh(&core, "target").await;
-        start_mirror(mirror(&d, &target, CopyMode::Background)).await.expect("it starts");
-        ready(&core).await;
-        (chain, d, target)
-    });
-    // A failed flush would be remembered for good.
-    let filter = OpFilter::any().file("/target.img").kind(SimOpKind::Write);
-    sim.inject(FaultRule::once(filter, 28));
-    sim.block_on(0, |core| async move {
-        let first = content(&d).await;
-        match grow(&d).await {
-            Ok(()) => assert_eq!((d.size(), target.size()), (SIZE + MORE, SIZE + MORE)),
-            Err(text) => {
-                let begins = "Node 'n3' cannot grow: mirror job 'j' follows it, and its target \
-                                  'target' cannot grow: ";
-                assert!(text.starts_with(begins), "{text}");
-                assert_eq!((d.size(), target.size()), (SIZE, SIZE));
+    let mut refused = 0;
+    for nth in 0..6 {
+        let mut sim = rig::world(160);
+        let (chain, d, target) = sim.block_on(0, |core| async move {
+            let chain = Chain::make(&core, &Layer::usual(0), true).await;
+            let d = chain.top();
+            let target = chains::fresh(&core, "target").await;
+            start_mirror(mirror(&d, &target, CopyMode::Background)).await.expect("it starts");
+            ready(&core).await;
+            (chain, d, target)
+        });
+        // A failed flush would be remembered for good.
+        let filter = OpFilter::any().file("/target.img").kind(SimOpKind::Write);
+        sim.inject(FaultRule::once(filter, 28).after(nth));
+        let (node, other) = (d.clone(), target.clone());
+        refused += sim.block_on(0, |_| async move {
+            let Err(text) = grow(&node).await else {
+                assert_eq!((node.size(), other.size()), (SIZE + MORE, SIZE + MORE));
+                return 0;
+            };
+            let begins = "Node 'n3' cannot grow: mirror job 'j' follows it, and its target \
+                          'target' cannot grow: ";
+            assert!(text.starts_with(begins), "{text}");
+            assert_eq!((node.size(), other.size()), (SIZE, SIZE));
+            1
+        });
+        // There is room again.
+        sim.clear_faults();
+        sim.block_on(0, |core| async move {
+            let guest = disk(&d);
+            let mut now = longer(content(&d).await);
+            write(&guest, SIZE - 4096, 4096, 0x5c).await;
+            if d.size() == SIZE {
+                grow(&d).await.expect("there is room again");
             }
-        }
-        let guest = disk(&d);
-        write(&guest, SIZE - 4096, 4096, 0x5c).await;
-        if d.size() == SIZE {
-            grow(&d).await.expect("there is room again");
-        }
-        write(&guest, SIZE, 8192, 0x5d).await;
-        JobManager::of(&core).job_verb("j", Verb::Complete).expect("completes");
-        rig::gone(&core, "j").await;
-        assert_eq!(&*guest.node_name(), "target");
-        let mut now = longer(first);
-        let at = SIZE as usize;
-        now[at - 4096..at].fill(0x5c);
-        now[at..at + 8192].fill(0x5d);
-        assert_eq!(first_difference(&content(&target).await, &now), None);
-        drop(chain);
-    });
+            write(&guest, SIZE, 8192, 0x5d).await;
+            JobManager::of(&core).job_verb("j", Verb::Complete).expect("completes");
+            rig::gone(&core, "j").await;
+            assert_eq!(&*guest.node_name(), "target", "write {nth} of the target fails");
+            let at = SIZE as usize;
+            now[at - 4096..at].fill(0x5c);
+            now[at..at + 8192].fill(0x5d);
+            assert_eq!(first_difference(&content(&target).await, &now), None);
+            drop(chain);
+        });
+    }
+    assert!(refused > 0, "no failure hit the growth of the target");
 }
 
 #[test]

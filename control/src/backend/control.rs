@@ -12,7 +12,7 @@ use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::graph::Graph;
 use liveblk_engine::node::Node;
 use liveblk_exports::Exports;
-use liveblk_jobs::{JobManager, Verb};
+use liveblk_jobs::{JobInfo, JobManager, Verb};
 use serde_json::{Map, Value};
 
 use super::errors::Failure;
@@ -141,7 +141,12 @@ impl Control {
             }
             Command::BlockJobSetSpeed { id, speed } => jobs.set_speed(&id, speed)?,
             Command::BlockJobChange(change) => {
-                jobs.change(&change.id, change.copy_mode.map(super::jobs::copy_mode))?;
+                // Options of one kind of job mean nothing to another.
+                let is_meant = |row: &JobInfo| {
+                    *row.id == *change.id && row.kind.name() == change.job_type
+                };
+                let mode = change.copy_mode.filter(|_| jobs.query().iter().any(is_meant));
+                jobs.change(&change.id, mode.map(super::jobs::copy_mode))?;
             }
             // The caller gives only commands of jobs.
             _ => {}

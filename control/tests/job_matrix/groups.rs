@@ -245,8 +245,15 @@ fn the_failure_of_any_operation_of_a_start_leaves_chains_as_they_were() {
 #[test]
 fn guests_of_a_group_move_all_or_none() {
     let (images, mut cells) = (images(), Cells::default());
-    let groups: [&[&str]; 3] =
-        [&["mirror", "mirror"], &["mirror", "mirror", "mirror"], &["stream", "mirror", "mirror"]];
+    let groups: [&[&str]; 7] = [
+        &["mirror", "mirror"],
+        &["mirror", "mirror", "mirror"],
+        &["stream", "mirror", "mirror"],
+        &["active", "active"],
+        &["mirror", "active"],
+        &["active", "mirror", "active"],
+        &["stream", "active", "mirror"],
+    ];
     for (nth, kinds) in groups.into_iter().enumerate() {
         for failing in std::iter::once(None).chain((0..kinds.len()).map(Some)) {
             for kind in [SimOpKind::Write, SimOpKind::Sync] {

@@ -57,6 +57,7 @@ impl Verb {
             Self::SetSpeed => {
                 vec![("block-job-set-speed", json!({"device": "j", "speed": 1 << 20}))]
             }
+            // An active commit is told by its own options only.
             Self::Change => vec![(
                 "block-job-change",
                 json!({"id": "j", "type": "mirror", "copy-mode": "write-blocking"}),
