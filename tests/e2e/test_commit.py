@@ -2,6 +2,7 @@
 peer. Files of layers that were dropped are not compared: nobody promises what they hold."""
 
 import asyncio
+import os
 
 from rig import images
 from rig.cases import case
@@ -282,6 +283,44 @@ async def guests_write_while_their_chain_is_committed(world):
     await d.quit()
     await images.check(a)
     prove_latest(log, {0: await images.dump(a, world.path("a.raw"))}, filled)
+
+
+@case("ours", timeout=120)
+async def an_active_commit_goes_on_under_growth_a_snapshot_and_changes_of_its_mode(world):
+    """The peer refuses the growth and the snapshot, and knows no mode of a commit."""
+    size = 16 * images.MIB
+    filled = images.blocks(size) // 2
+    a = await images.filled(world.path("a.qcow2"), size, filled)
+    d = await world.daemon()
+    await d.add_qcow2("a", a)
+    guest = await world.guest(await d.export("a"), filled=filled)
+    await guest.run(rate=3000)
+    await d.cmd("blockdev-snapshot-sync", node_name="a", snapshot_node_name="b",
+                snapshot_file=world.path("b.qcow2"))
+    await guest.progress(100)
+    await d.cmd("block-commit", job_id="j", device="b", copy_mode="write-blocking")
+    for mode in ("background", "write-blocking"):
+        await d.cmd("block-job-change", {"id": "j", "type": "commit", "copy-mode": mode})
+        await guest.progress(50)
+    await d.cmd("block_resize", node_name="b", size=size + images.MIB)
+    _, text = await d.refused("block_resize", node_name="b", size=size)
+    assert "commit" in text, text
+    await d.cmd("blockdev-snapshot-sync", node_name="b", snapshot_node_name="c",
+                snapshot_file=world.path("c.qcow2"))
+    await guest.progress(50)
+    await d.wait_event("BLOCK_JOB_READY", device="j")
+    await d.cmd("job-complete", id="j")
+    await d.job_gone("j")
+    await guest.progress(100)
+    await guest.stop()
+    await guest.verify()
+    log = await guest.log()
+    await guest.end()
+    await d.quit()
+    await images.check(a)
+    raw = await images.dump(a, world.path("a.raw"))
+    assert os.path.getsize(raw) == size + images.MIB
+    prove_latest(log, {0: raw}, filled)
 
 
 @case("both", timeout=120)

@@ -142,9 +142,8 @@ impl Control {
             Command::BlockJobSetSpeed { id, speed } => jobs.set_speed(&id, speed)?,
             Command::BlockJobChange(change) => {
                 // Options of one kind of job mean nothing to another.
-                let is_meant = |row: &JobInfo| {
-                    *row.id == *change.id && row.kind.name() == change.job_type
-                };
+                let is_meant =
+                    |row: &JobInfo| *row.id == *change.id && row.kind.name() == change.job_type;
                 let mode = change.copy_mode.filter(|_| jobs.query().iter().any(is_meant));
                 jobs.change(&change.id, mode.map(super::jobs::copy_mode))?;
             }
