@@ -12,6 +12,13 @@ use serde_json::Value;
 
 /// Additions of ours.
 static ADDITIONS: &[&str] = &[
+    // An active commit can copy writes before they are answered, and change its mode.
+    "block-commit</copy-mode? enum",
+    "block-commit</copy-mode? =background",
+    "block-commit</copy-mode? =write-blocking",
+    "block-job-change</+commit/copy-mode? enum",
+    "block-job-change</+commit/copy-mode? =background",
+    "block-job-change</+commit/copy-mode? =write-blocking",
     "block-dirty-bitmap-add</follow? bool",
     "block-export-add</+nbd/bitmap? str",
     "query-block>[]/inserted?/dirty-bitmaps?[]/follow? bool",
