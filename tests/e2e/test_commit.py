@@ -304,7 +304,7 @@ async def an_active_commit_goes_on_under_growth_a_snapshot_and_changes_of_its_mo
         await guest.progress(50)
     await d.cmd("block_resize", node_name="b", size=size + images.MIB)
     _, text = await d.refused("block_resize", node_name="b", size=size)
-    assert "commit" in text, text
+    assert "block job 'j'" in text, text
     await d.cmd("blockdev-snapshot-sync", node_name="b", snapshot_node_name="c",
                 snapshot_file=world.path("c.qcow2"))
     await guest.progress(50)
