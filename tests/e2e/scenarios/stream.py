@@ -147,9 +147,10 @@ async def paused_and_resumed(s):
     await s.cmd("block-job-pause", device="j")
     await s.jobs()
     await s.cmd("block-job-cancel", device="j")
+    # Slow until all is answered: the job must not end before.
+    await s.cmd("block-job-resume", device="j")
+    await s.cmd("block-job-resume", device="j")
     await s.cmd("block-job-set-speed", device="j", speed=0)
-    await s.cmd("block-job-resume", device="j")
-    await s.cmd("block-job-resume", device="j")
     await s.gone()
     await s.graph()
 
