@@ -4,11 +4,16 @@
 //! (`State::lookup`); before a write-out starts, every dirty piece is checked to go where its own
 //! kind of metadata is ([`State::check_targets`]). What is guarded follows the option
 //! `overlap-check`; the allocator always keeps away from all of it.
+//!
+//! An image whose tables lie behind the end of the file has lost its end. Reading them is an error
+//! only as long as the file is that short: once it grew over their places they would read as zeroes,
+//! which is "nothing is allocated", or "all is free". So such an image is not opened for writing.
 
 use super::check_lists::bitmap_directory;
 use super::claims::Claims;
 use super::header::Header;
-use super::layout::SECTOR;
+use super::layout::{OFFSET_MASK, REFTABLE_MASK, SECTOR};
+use super::open::tables_of;
 use super::state::{Meta, State, Table};
 use crate::limits::INACTIVE_CLUSTERS_MAX;
 use crate::reason::Reason;
@@ -26,6 +31,21 @@ pub(super) fn claim_bitmaps(header: &Header, metadata: &mut Claims) {
 }
 
 impl State {
+    /// Fails if an L2 table or a refcount block lies behind the end of a file of `size` bytes.
+    pub(super) fn check_whole(&self, size: u64) -> Result<(), Reason> {
+        let geometry = self.geometry;
+        let end = geometry.clusters(size);
+        let lost =
+            |entries: &[u64], mask| tables_of(entries, mask, geometry).any(|(_, at)| at >= end);
+        if lost(self.reftable.used(), REFTABLE_MASK) {
+            return Err(Reason::Truncated("refcount block"));
+        }
+        if lost(&self.l1, OFFSET_MASK) {
+            return Err(Reason::Truncated("L2 table"));
+        }
+        Ok(())
+    }
+
     /// Fails if a dirty piece of metadata would not go where its own kind of metadata is.
     pub(super) fn check_targets(&self) -> Result<(), Reason> {
         let geometry = self.geometry;

@@ -374,9 +374,11 @@ impl Image {
     }
 
     /// Clears the autoclear bits of what this version does not maintain: all but those of a raw
-    /// data file and of bitmaps, if there are any.
+    /// data file and of bitmaps, if there are any. An image that lost its end is refused.
     pub(super) async fn become_writable(&self) -> Result<()> {
         self.writable_data()?;
+        let whole = self.state.borrow().check_whole(self.storage.size());
+        whole.map_err(|reason| self.error(reason, "open"))?;
         let bitmaps = if self.bitmaps.borrow().list.is_empty() { 0 } else { AUTOCLEAR_BITMAPS };
         let kept = {
             let header = &self.state.borrow().header;

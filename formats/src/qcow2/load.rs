@@ -91,6 +91,10 @@ impl Image {
             return Ok(());
         }
         let within = (slice % self.geometry.block_slices()) * self.geometry.ref_slice_bytes();
+        if host >= self.storage.size() {
+            // As zeroes it would say that everything is free.
+            return Err(self.error(Reason::Truncated("refcount block"), "read"));
+        }
         let bytes = self.read_slice(host + within, self.geometry.ref_slice_bytes()).await?;
         self.make_room(State::make_ref_room).await;
         let mut state = self.state.borrow_mut();

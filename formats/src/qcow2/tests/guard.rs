@@ -4,6 +4,7 @@ use liveblk_engine::driver::sim::{Sim, SimConfig};
 
 use super::mover::{file, open};
 use super::specimen::{COPIED, PLAIN, SHAPES, Specimen};
+use crate::qcow2::{Repair, repair};
 
 fn world(specimen: &Specimen) -> Sim {
     let sim = Sim::new(SimConfig::new(1).calm());
@@ -75,4 +76,49 @@ fn the_allocator_hands_out_nothing_that_is_known_to_be_mapped() {
             assert_eq!(disk.read(start, 2 * cluster).await.expect("reads"), expected);
         }
     });
+}
+
+/// Row R2's kind: a table behind the end of the file would read as zeroes ("nothing is there", "all
+/// is free") once the file grew over its place.
+#[test]
+fn an_image_that_lost_its_end_is_not_written_and_its_refcounts_can_be_rebuilt() {
+    for (kind, repairable) in [("refcount block", true), ("L2 table", false)] {
+        let mut specimen = Specimen::new(PLAIN);
+        let cluster = specimen.cluster();
+        let far = (specimen.bytes.len() as u64).next_multiple_of(cluster) + 3 * cluster;
+        let (entry, value) = match kind {
+            "L2 table" => (specimen.places.l1 + 8, far | COPIED),
+            _ => (specimen.places.reftable, far),
+        };
+        specimen.set(entry, 8, value);
+        let before = specimen.bytes.clone();
+        let mut sim = world(&specimen);
+        let image = specimen.clone();
+        sim.block_on(0, |core| async move {
+            let error = open(&core, file(&core, "/image", false).await, true).await;
+            let error = error.err().expect(kind).to_string();
+            assert!(error.contains(&format!("its {kind} lies beyond the end")), "{error}");
+            let disk = open(&core, file(&core, "/image", false).await, false).await.expect(kind);
+            assert_eq!(disk.read(0, 1).await.expect(kind), [image.expected(0)]);
+            let lost = disk.read(image.span(), 1).await;
+            assert_eq!(lost.is_ok(), repairable, "{kind}: {lost:?}");
+        });
+        sim.run_idle();
+        let mut after = vec![0; before.len()];
+        assert!(sim.fs().read_at("/image", 0, &mut after));
+        assert!(after == before, "{kind}: something was written");
+        sim.block_on(0, |core| async move {
+            let storage = file(&core, "/image", false).await;
+            drop(repair(&core, &storage, Repair::All).await.expect(kind));
+            let opens = open(&core, storage, true).await;
+            assert_eq!(opens.is_ok(), repairable, "{kind}");
+            let Ok(disk) = opens else { return };
+            for index in 10..60 {
+                disk.write(index * cluster, &[0xee; 4096]).await.expect("writes");
+            }
+            for at in (0..2 * cluster).step_by(512) {
+                assert_eq!(disk.read(at, 1).await.expect("reads"), [specimen.expected(at)]);
+            }
+        });
+    }
 }
