@@ -3,6 +3,8 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use liveblk_engine::ErrorKind;
+
 use crate::chain_error::ChainError;
 use crate::follow_error::FollowError;
 use crate::lifecycle::{Status, Verb};
@@ -434,6 +436,7 @@ impl fmt::Display for SnapshotError {
                 None => write!(f, "Could not open '{path}': {}", source.kind()),
             },
             Self::File { path, source } => match source.detail() {
+                Some(lock) if source.kind() == ErrorKind::Locked => write!(f, "{lock}"),
                 Some(detail) => write!(f, "Could not create '{path}': {detail}"),
                 None => write!(f, "Could not create '{path}': {}", source.kind()),
             },

@@ -314,8 +314,7 @@ impl NewFile {
         let path = path.to_path_buf();
         let state = match storage::stat(core, &path).await {
             Ok(facts) if facts.size > 0 || facts.block_device => {
-                let path = path.display().to_string().into();
-                return Err(SnapshotError::FileExists { path }.into());
+                return Err(not_ours_to_fill(core, &path).await);
             }
             Ok(_) => FileState::Filled,
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -401,6 +400,22 @@ impl NewFile {
             }
             _ => {}
         }
+    }
+}
+
+/// Why a file that holds something cannot become a new image: somebody uses it, it cannot be
+/// written, or it would be lost.
+async fn not_ours_to_fill(core: &Core, path: &Path) -> JobError {
+    let options = FileOptions {
+        path: path.to_path_buf(),
+        writable: true,
+        locking: true,
+        ..FileOptions::default()
+    };
+    let asked = async { File::open(core, options).await?.lock(LockRequest::Write).await };
+    match asked.await {
+        Ok(()) => SnapshotError::FileExists { path: path.display().to_string().into() }.into(),
+        Err(error) => cannot_create(path, error),
     }
 }
 

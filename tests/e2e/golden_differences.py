@@ -33,7 +33,30 @@ class Difference:
         transcript.require_same(found, expected, f"beyond what is meant ({self.reason})")
 
 
+def kept(verb, ends, statuses, replies=()):
+    """A file with content is refused as the target of `verb`, which the peer overwrites."""
+    lost = [f'["JOB_STATUS_CHANGE", {{"id": "j", "status": "{status}"}}]' for status in statuses]
+    changed = {line: None for line in [*lost, *ends, *replies]}
+    changed[f'["{verb}", {{}}]'] = (
+        f'["{verb}", ["GenericError", "Could not create \'FOLDER/t.qcow2\': the file exists and is '
+        'not empty (remove it, or use mode \'existing\')"]]')
+    changed['["t.qcow2", {"digest": "aab31b40c94ef404", "size": 8388608}]'] = (
+        '["t.qcow2", {"digest": "3554697866378574", "size": 8388608}]')
+    return Difference("a file that existed with content is never truncated", changed)
+
+
 DIFFERENCES = {
+    "backup/drive-backup-over-a-file-with-content": kept(
+        "drive-backup", [
+            '["BLOCK_JOB_COMPLETED", {"device": "j", "len": 8388608, "offset": 8388608, '
+            '"speed": 0, "type": "backup"}]'],
+        ("created", "running", "waiting", "pending", "concluded", "null")),
+    "mirror/drive-mirror-over-a-file-with-content": kept(
+        "drive-mirror", [
+            f'["BLOCK_JOB_{end}", {{"device": "j", "len": 2228224, "offset": 2228224, '
+            '"speed": 0, "type": "mirror"}]' for end in ("READY", "COMPLETED")],
+        ("created", "running", "ready", "waiting", "pending", "concluded", "null"),
+        ['["block-job-cancel", {}]']),
     "backup/drive-backup-of-the-top-layer": Difference(
         "the layer below is open and shared; the peer opens it anew and meets its own lock", {
             '["drive-backup", ["GenericError", "Could not open backing file: Failed to get shared '

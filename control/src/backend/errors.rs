@@ -33,6 +33,15 @@ impl Failure {
         Self { class: ErrorClass::GenericError, desc: desc.into(), hint: None }
     }
 
+    /// A failure of that class by its text. Who holds a lock, or what could be done, is a hint: the
+    /// peer's clients compare the first line.
+    fn told(text: &str) -> Self {
+        match text.split_once('\n') {
+            Some((desc, hint)) => Self::generic(desc).hinted(hint),
+            None => Self::generic(text),
+        }
+    }
+
     /// The same with a hint.
     #[must_use]
     pub fn hinted(mut self, hint: impl Into<String>) -> Self {
@@ -62,13 +71,7 @@ impl From<Failure> for QmpError {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let text = error.to_string();
-        // Who holds a lock, or what could be done, is a hint: the peer's clients compare the first
-        // line.
-        match text.split_once('\n') {
-            Some((desc, hint)) => Self::generic(desc).hinted(hint),
-            None => Self::generic(text),
-        }
+        Self::told(&error.to_string())
     }
 }
 
@@ -84,7 +87,7 @@ impl From<JobError> for Failure {
                 Self { class: ErrorClass::DeviceNotFound, desc, hint: None }
             }
             JobError::Engine(error) => error.into(),
-            other => Self::generic(other.to_string()),
+            other => Self::told(&other.to_string()),
         }
     }
 }

@@ -222,6 +222,9 @@ fn direct_alignment(fd: RawFd) -> (u64, usize) {
 fn stat(path: &Path) -> Answer {
     let metadata = std::fs::metadata(path).map_err(|error| io_errno(&error))?;
     let kind = metadata.file_type();
+    if kind.is_dir() {
+        return Err(Errno::EISDIR);
+    }
     if !kind.is_file() && !kind.is_block_device() {
         return Ok((-libc::EINVAL, FsOutcome::WrongKind(kind_name(kind))));
     }

@@ -56,6 +56,11 @@ class Run:
         self.files.append((f"{name}.{fmt}", fmt))
         return path
 
+    def empty(self, name):
+        """A file that its user made ahead, with nothing in it."""
+        with open(self.path(name), "xb"):
+            pass
+
     async def fill(self, path, writes, fmt="qcow2"):
         argv = []
         for pattern, offset, length in writes:

@@ -242,6 +242,33 @@ async def drive_backup_refusals(s):
 
 
 @scenario
+async def drive_backup_over_files_of_others(s):
+    await s.start()
+    await s.chain("ab")
+    await s.image("u", [(0x55, 0, MIB)])
+    await s.open("u")
+    s.empty("e.qcow2")
+    for name in ("e", "u", "a", "b"):
+        job = f"job-{name}"
+        await s.job("drive-backup", job=job, device="b", target=s.path(f"{name}.qcow2"),
+                    sync="full", format="qcow2")
+        await s.gone(job)
+    await s.cmd("drive-backup", job_id="j", device="b", target=s.world.folder, sync="full",
+                format="qcow2")
+    await s.graph()
+
+
+@scenario
+async def drive_backup_over_a_file_with_content(s):
+    await s.start()
+    await s.chain("ab")
+    await s.image("t", [(0x99, 0, MIB)])
+    await s.job("drive-backup", device="b", target=s.path("t.qcow2"), sync="full", format="qcow2")
+    await s.gone()
+    await s.graph()
+
+
+@scenario
 async def while_the_node_gets_a_snapshot(s):
     s.partial = {"t.qcow2"}
     s.numbers = False

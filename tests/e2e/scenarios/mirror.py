@@ -261,3 +261,37 @@ async def drive_mirror_refusals(s):
             {"job-id": "j", "device": "b", "target": s.path("m.qcow2"), "sync": "full",
              "format": "qcow2"}, **arguments))
     await s.graph()
+
+
+@scenario
+async def drive_mirror_over_files_of_others(s):
+    s.numbers = False
+    await s.start()
+    await s.chain("ab")
+    await s.image("u", [(0x55, 0, MIB)])
+    await s.open("u")
+    s.empty("e.qcow2")
+    for name in ("e", "u", "a", "b"):
+        job = f"job-{name}"
+        await s.job("drive-mirror", job=job, device="b", target=s.path(f"{name}.qcow2"),
+                    sync="full", format="qcow2")
+        if job not in s.refused:
+            await s.event("BLOCK_JOB_READY", device=job)
+            await s.cmd("block-job-cancel", device=job)
+            await s.gone(job)
+    await s.cmd("drive-mirror", job_id="j", device="b", target=s.world.folder, sync="full",
+                format="qcow2")
+    await s.graph()
+
+
+@scenario
+async def drive_mirror_over_a_file_with_content(s):
+    await s.start()
+    await s.chain("ab")
+    await s.image("t", [(0x99, 0, MIB)])
+    await s.job("drive-mirror", device="b", target=s.path("t.qcow2"), sync="full", format="qcow2")
+    if "j" not in s.refused:
+        await s.event("BLOCK_JOB_READY", device="j")
+        await s.cmd("block-job-cancel", device="j")
+    await s.gone()
+    await s.graph()
