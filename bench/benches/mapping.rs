@@ -2,9 +2,12 @@
 //!
 //! `chain/4k_randread_cpu` reports the processor time of the core's thread (its kernel part
 //! included) per read, not the time that passes. Before these rows, the depths are compared in turn
-//! within one run, which is what a layer costs. Images lie in the current folder's file system; the
-//! page cache serves them.
+//! within one run, which is what a layer costs; beside each, in the same turn, what plain `pread`s
+//! cost that are spread over the files of the chain as its data is: more files are more cache misses
+//! in the kernel, which is no work of ours. Images lie in the current folder's file system; the page
+//! cache serves them.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -112,9 +115,18 @@ fn opens(path: &Path, count: u64) -> Duration {
     run.expect("the bench runs")
 }
 
+/// The images of a chain, base first.
+#[derive(Clone)]
+struct Chain {
+    images: Vec<PathBuf>,
+    /// Which of them has each cluster.
+    owners: Vec<usize>,
+}
+
 /// A chain of `depth` images in `dir`: a full base, and overlays that have a little each.
-async fn chain(host: &Host, dir: &Path, depth: usize) -> Result<Vec<PathBuf>, HostError> {
+async fn chain(host: &Host, dir: &Path, depth: usize) -> Result<Chain, HostError> {
     let mut images = Vec::new();
+    let mut owners = vec![0; (DISK >> 16) as usize];
     for layer in 0..depth {
         images.push(dir.join(format!("layer{layer}")));
         make(host.core(), &images[layer], CreateOptions::new(DISK)).await;
@@ -128,11 +140,30 @@ async fn chain(host: &Host, dir: &Path, depth: usize) -> Result<Vec<PathBuf>, Ho
         for _ in 0..if layer == 0 { 0 } else { 8 } {
             let cluster = host.core().random() % (DISK >> 16);
             fill(host, &disk, cluster << 16, 1 << 16).await?;
+            owners[cluster as usize] = layer;
         }
         drop(disk);
         host.graph().remove(&node).await?;
     }
-    Ok(images)
+    Ok(Chain { images, owners })
+}
+
+/// The processor time of `count` plain reads of files that are spread as a chain's data is.
+fn plain_reads(
+    host: &Host,
+    files: &[(std::fs::File, u64)],
+    owners: &[usize],
+    count: u64,
+) -> Duration {
+    let mut block = [0; BLOCK];
+    let begun = processor_time();
+    for _ in 0..count {
+        let at = host.core().random() % (DISK / BLOCK as u64);
+        let (file, blocks) = &files[owners[(at >> 4) as usize]];
+        file.read_exact_at(&mut block, at % blocks * BLOCK as u64).expect("the file is there");
+        std::hint::black_box(&block);
+    }
+    processor_time() - begun
 }
 
 /// Reads all of a disk once.
@@ -177,34 +208,48 @@ fn chain_reads(images: &[PathBuf], count: u64) -> Duration {
 }
 
 /// Compares depths within one run, in turn, with the first of them.
-fn compare(chains: &[(usize, Vec<PathBuf>)]) {
+fn compare(chains: &[(usize, Chain)]) {
     let chains = chains.to_vec();
     let run = liveblk::run(move |host| async move {
         let mut open_chains = Vec::new();
-        for (depth, images) in &chains {
-            let node = open(&host, images).await?;
+        for (depth, chain) in &chains {
+            let node = open(&host, &chain.images).await?;
             let disk = host.attach(&node)?;
             warm(&host, &disk).await?;
-            open_chains.push((*depth, node, disk, Vec::new()));
+            let files = chain.images.iter().map(|path| {
+                let file = std::fs::File::open(path).expect("the image is there");
+                let blocks = file.metadata().expect("a file has a size").len() / BLOCK as u64;
+                (file, blocks)
+            });
+            let files: Vec<_> = files.collect();
+            open_chains.push((*depth, node, disk, files, &chain.owners, Vec::new(), Vec::new()));
         }
         let before: Vec<_> = open_chains.iter().map(|(_, node, ..)| node.chain_stats()).collect();
         for _ in 0..ROUNDS {
-            for (_, _, disk, spent) in &mut open_chains {
+            for (_, _, disk, files, owners, spent, plain) in &mut open_chains {
                 let time = reads(&host, disk, ROUND_READS).await?;
                 spent.push(time.as_nanos() as f64 / ROUND_READS as f64);
+                let time = plain_reads(&host, files, owners, ROUND_READS);
+                plain.push(time.as_nanos() as f64 / ROUND_READS as f64);
             }
         }
-        let alone = open_chains.first().map(|(.., spent)| spent.clone()).unwrap_or_default();
-        for ((depth, node, _, spent), before) in open_chains.iter().zip(before) {
+        let Some((.., alone, plain_alone)) = open_chains.first() else { return Ok(()) };
+        for ((depth, node, _, _, _, spent, plain), before) in open_chains.iter().zip(before) {
             let after = node.chain_stats();
+            let floors = plain.iter().zip(plain_alone).map(|(here, alone)| here / alone).collect();
+            let more = spent.iter().zip(plain).map(|(ours, plain)| ours - plain).collect();
             let hits = (after.lookups - before.lookups).max(1) as f64;
             let probes = (after.probes - before.probes) as f64 / hits;
-            let ratios = spent.iter().zip(&alone).map(|(here, alone)| here / alone).collect();
+            let ratios = spent.iter().zip(alone).map(|(here, alone)| here / alone).collect();
             let (cpu, ratios) = (spread(spent.clone()), spread(ratios));
             let index = after.bytes / (*depth as u64 - 1).max(1);
             eprintln!(
                 "depth {depth}: {cpu} ns of CPU per read, {ratios} of depth 1; \
-                 {probes:.3} probes per hit, {index} bytes of index per layer"
+                 plain preads {} ns, {} of depth 1; more than plain {} ns; \
+                 {probes:.3} probes per hit, {index} bytes of index per layer",
+                spread(plain.clone()),
+                spread(floors),
+                spread(more),
             );
         }
         Ok::<_, HostError>(())
@@ -272,7 +317,8 @@ fn chains(criterion: &mut Criterion) {
     compare(&chains);
     let mut group = criterion.benchmark_group("chain/4k_randread_cpu");
     group.throughput(Throughput::Elements(1)).sample_size(10);
-    for (depth, images) in &chains {
+    for (depth, chain) in &chains {
+        let images = &chain.images;
         group.bench_function(format!("depth{depth}"), |bencher| {
             bencher.iter_custom(|count| {
                 chain_reads(images, count * BATCH) / u32::try_from(BATCH).expect("small")
