@@ -31,12 +31,18 @@ pub(super) fn claim_bitmaps(header: &Header, metadata: &mut Claims) {
 }
 
 impl State {
-    /// Fails if an L2 table or a refcount block lies behind the end of a file of `size` bytes.
+    /// Fails if the refcount table, an L2 table or a refcount block lies behind the end of a file of
+    /// `size` bytes.
     pub(super) fn check_whole(&self, size: u64) -> Result<(), Reason> {
         let geometry = self.geometry;
         let end = geometry.clusters(size);
         let lost =
             |entries: &[u64], mask| tables_of(entries, mask, geometry).any(|(_, at)| at >= end);
+        let table = self.header.reftable_offset;
+        let table_end = geometry.host_cluster(table).0 + u64::from(self.header.reftable_clusters);
+        if table_end > end {
+            return Err(Reason::Truncated("refcount table"));
+        }
         if lost(self.reftable.used(), REFTABLE_MASK) {
             return Err(Reason::Truncated("refcount block"));
         }

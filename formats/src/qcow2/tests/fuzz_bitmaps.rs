@@ -41,9 +41,12 @@ const GROWTH_MAX: u64 = 8 << 20;
 /// Type of the header extension.
 const EXTENSION: u64 = 0x2385_2875;
 
-/// Found by the fuzzer: the image took its refcount block for one far behind the end of the file,
-/// and grew that far.
-const REFCOUNTS_BEHIND_THE_END: [u8; 13] = [2, 0, 255, 255, 3, 255, 255, 0, 0, 0, 0, 0, 0xff];
+/// Found by the fuzzer: images took their refcount block, and their refcount table, for ones far
+/// behind the end of the file, and grew that far.
+const BEHIND_THE_END: [[u8; 13]; 2] = [
+    [2, 0, 255, 255, 3, 255, 255, 0, 0, 0, 0, 0, 255],
+    [0, 0, 47, 0, 67, 31, 25, 0, 0, 0, 0, 0, 0],
+];
 
 /// An image and where its parts are.
 #[derive(Debug)]
@@ -269,7 +272,7 @@ pub(super) fn corpus() -> Vec<Vec<u8>> {
     let mut session = Session::new();
     let mut rng = Rng::new(29);
     let mut all: Vec<Vec<u8>> = (0..IMAGES.len() as u8).map(|which| vec![which]).collect();
-    all.push(REFCOUNTS_BEHIND_THE_END.to_vec());
+    all.extend(BEHIND_THE_END.map(Vec::from));
     for number in 0..160_u8 {
         let mut input = vec![number % 4];
         for _ in 0..1 + rng.bits() % 4 {

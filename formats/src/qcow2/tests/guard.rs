@@ -82,12 +82,16 @@ fn the_allocator_hands_out_nothing_that_is_known_to_be_mapped() {
 /// is free") once the file grew over its place.
 #[test]
 fn an_image_that_lost_its_end_is_not_written_and_its_refcounts_can_be_rebuilt() {
-    for (kind, repairable) in [("refcount block", true), ("L2 table", false)] {
+    for (kind, repairable) in
+        [("refcount table", true), ("refcount block", true), ("L2 table", false)]
+    {
         let mut specimen = Specimen::new(PLAIN);
         let cluster = specimen.cluster();
         let far = (specimen.bytes.len() as u64).next_multiple_of(cluster) + 3 * cluster;
         let (entry, value) = match kind {
             "L2 table" => (specimen.places.l1 + 8, far | COPIED),
+            // The header's pointer to it.
+            "refcount table" => (48, far),
             _ => (specimen.places.reftable, far),
         };
         specimen.set(entry, 8, value);
