@@ -10,6 +10,10 @@ CPU seconds of the daemon per GiB of written data, peak memory. A mirror and an 
 timed to READY. The rows `beside a guest` run fio (4k random writes, queue depth 8) through NBD on
 the disk from before the start of the job until it is over, at most --seconds: IOPS and latencies
 of the guest while the job runs. Every result without a guest is compared with its source.
+The row `converge` is a background mirror under such a guest, ours with the policy of that name,
+whose deadline is --patience times one pass without a guest: time to READY in such passes, bytes
+copied (guests' own writes to the target included) in sizes of the disk, and whether it became
+READY at all within --seconds.
 """
 
 import argparse
@@ -107,15 +111,15 @@ class Setting:
             self.open("s", top, "qcow2", backing="m")
         return (base, driver), "s"
 
-    def start(self):
-        """Starts the job."""
+    def start(self, **more):
+        """Starts the job; a mirror takes more members."""
         command = self.daemon.command
         if self.kind == "backup":
             command("blockdev-backup", job_id="j", device="s", target="t", sync="full")
         elif self.kind in ("mirror", "write-blocking"):
             mode = "background" if self.kind == "mirror" else "write-blocking"
             command("blockdev-mirror", job_id="j", device="s", target="t", sync="full",
-                    copy_mode=mode)
+                    copy_mode=mode, **more)
         elif self.kind == "stream":
             command("block-stream", job_id="j", device="s")
         elif self.kind == "commit":
@@ -162,15 +166,7 @@ def beside(program, folder, kind, driver, image, size, seconds, rt):
     """What a guest gets while the job runs, and for how long it ran."""
     setting = Setting(program, folder, kind, driver, image, size, rt)
     daemon = setting.daemon
-    daemon.command("block-export-add", type="nbd", id="e", node_name="s", name="n", writable=True)
-    command = ["taskset", "-c", "1"] + (["chrt", "-r", "1"] if rt else [])
-    command += ["fio", "--name=x", "--ioengine=nbd", f"--uri=nbd+unix:///n?socket="
-                f"{daemon.nbd_path}", "--output-format=json", "--rw=randwrite", "--bs=4k",
-                "--iodepth=8", "--time_based", "--ramp_time=1", f"--runtime={seconds}",
-                f"--size={size}"]
-    guest = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    # what came before the job does not count
-    time.sleep(1.1)
+    guest = start_guest(daemon, size, seconds, rt)
     setting.start()
     began = time.monotonic()
     # the peer may answer late while the guest writes: the guest's own clock ends it
@@ -183,15 +179,68 @@ def beside(program, folder, kind, driver, image, size, seconds, rt):
             break
         time.sleep(0.05)
     took = time.monotonic() - began
+    figures = guest_figures(guest)
+    setting.end(compare=False)
+    return figures | {"job s": took}
+
+
+def start_guest(daemon, size, seconds, rt):
+    """Writes 4k at random places as fast as it can; returns when it has begun."""
+    daemon.command("block-export-add", type="nbd", id="e", node_name="s", name="n", writable=True)
+    command = ["taskset", "-c", "1"] + (["chrt", "-r", "1"] if rt else [])
+    command += ["fio", "--name=x", "--ioengine=nbd", f"--uri=nbd+unix:///n?socket="
+                f"{daemon.nbd_path}", "--output-format=json", "--rw=randwrite", "--bs=4k",
+                "--iodepth=8", "--time_based", "--ramp_time=1", f"--runtime={seconds}",
+                f"--size={size}"]
+    guest = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    # what came before the job does not count
+    time.sleep(1.1)
+    return guest
+
+
+def guest_figures(guest):
+    """What the guest got, when it has ended."""
     text = guest.communicate(timeout=60)[0]
     side = json.loads(text[text.index("{"):])["jobs"][0]["write"]
-    setting.end(compare=False)
     percentiles = side["clat_ns"].get("percentile", {})
     return {"guest IOPS": side["total_ios"] / max(side["runtime"] / 1000, 0.001),
             "guest p99 ms": percentiles.get("99.000000", 0) / 1e6,
             "guest p99.9 ms": percentiles.get("99.900000", 0) / 1e6,
-            "guest max ms": side["clat_ns"]["max"] / 1e6,
-            "job s": took}
+            "guest max ms": side["clat_ns"]["max"] / 1e6}
+
+
+def converge(program, folder, driver, image, size, options):
+    """How a mirror becomes ready under a guest, in passes without one and in sizes of the disk."""
+    setting = Setting(program, folder, "mirror", driver, image, size, options.rt)
+    start = time.monotonic()
+    setting.start()
+    setting.daemon.wait_event("BLOCK_JOB_READY")
+    idle = time.monotonic() - start
+    setting.end(compare=True)
+
+    setting = Setting(program, folder, "mirror", driver, image, size, options.rt)
+    daemon = setting.daemon
+    guest = start_guest(daemon, size, options.seconds, options.rt)
+    daemon.socket.settimeout(options.seconds + 30)
+    policy = {"deadline-ms": max(1, int(idle * options.patience * 1000)),
+              "max-latency-us": options.latency}
+    start, found, ready = time.time(), 0, None
+    setting.start(**({"converge": policy} if program == options.ours else {}))
+    while guest.poll() is None and not ready:
+        jobs = daemon.command("query-block-jobs")
+        found = jobs[0]["offset"] if jobs else found
+        ready = next((e for e in daemon.events if e["event"] == "BLOCK_JOB_READY"), None)
+        took = time.time() - start
+        time.sleep(0.005)
+    if ready:
+        # the answers come later than the event
+        found, stamp = ready["data"]["offset"], ready["timestamp"]
+        took = stamp["seconds"] + stamp["microseconds"] / 1e6 - start
+        guest.send_signal(signal.SIGINT)
+    figures = guest_figures(guest)
+    setting.end(compare=False)
+    return {"time / idle pass": took / idle, "copied / disk": found / size,
+            "READY (1: yes)": int(ready is not None)} | figures
 
 
 def main():
@@ -203,9 +252,11 @@ def main():
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--drivers", default="raw,qcow2")
     parser.add_argument("--fill", default="dense,sparse")
-    parser.add_argument("--rows", default="alone,beside")
+    parser.add_argument("--rows", default="alone,beside,converge")
     parser.add_argument("--size", type=int, default=1024, help="MiB of the disk")
     parser.add_argument("--seconds", type=int, default=5, help="longest time beside a guest")
+    parser.add_argument("--patience", type=float, default=2.5, help="deadline of converge")
+    parser.add_argument("--latency", type=int, default=20000, help="us that converge may add")
     parser.add_argument("--rt", action="store_true")
     options = parser.parse_args()
     folder = tempfile.mkdtemp(prefix="liveblk-bench-", dir="/dev/shm")
@@ -225,6 +276,10 @@ def main():
             for driver in options.drivers.split(","):
                 image = (full_image if fill == "dense" else sparse_image)(folder, driver, size)
                 written = size if fill == "dense" else size // CLUSTER // 10 * CLUSTER
+                if "converge" in options.rows and fill == "dense":
+                    compare(f"converge {driver}, 4k random writes QD8",
+                            lambda program: converge(program, folder, driver, image, size,
+                                                     options), options.pairs)
                 for kind in options.kinds.split(","):
                     if "alone" in options.rows:
                         compare(f"{kind} {driver} {fill}",

@@ -53,6 +53,11 @@ static ADDITIONS: &[&str] = &[
 /// Branches that the peer does not have: all that begins so.
 static ADDED_BRANCHES: &[&str] = &[
     "blockdev-create</options/+raw/",
+    "block-commit</converge?",
+    "blockdev-mirror</converge?",
+    "drive-mirror</converge?",
+    "query-block-jobs>[]/converge?",
+    "query-jobs>[]/converge?",
     "transaction</actions[]/+block-commit",
     "transaction</actions[]/+block-stream",
     "transaction</actions[]/+blockdev-mirror",

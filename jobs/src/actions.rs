@@ -6,6 +6,7 @@ use std::rc::Rc;
 use liveblk_engine::executor::Core;
 
 use crate::commit::{CommitSpec, prepare_commit};
+use crate::converge::Converge;
 use crate::drive::{DriveTarget, OpenedTarget, backing_of};
 use crate::error::Result;
 use crate::mirror::prepare_mirror;
@@ -164,6 +165,8 @@ pub struct CommitAction {
     pub filter_name: Option<String>,
     /// Of an active commit: when guest writes reach the base.
     pub copy_mode: CopyMode,
+    /// Of an active commit: be ready in time.
+    pub converge: Option<Converge>,
 }
 
 impl StreamAction {
@@ -217,6 +220,7 @@ impl CommitAction {
             mask_protocol: spec.mask_protocol,
             filter_name: spec.filter_name,
             copy_mode: spec.copy_mode,
+            converge: spec.converge,
         }
     }
 
@@ -231,6 +235,7 @@ impl CommitAction {
             mask_protocol: self.mask_protocol,
             filter_name: self.filter_name,
             copy_mode: self.copy_mode,
+            converge: self.converge,
         };
         prepare_commit(spec, txn).await
     }

@@ -15,6 +15,8 @@
 //! A target that fails makes the range dirty and is answered by the policy of the job; the guest's
 //! write has succeeded. What is discarded has no content to keep: it is marked dirty and copied
 //! later as it reads then. While the job stands still writes are marked only.
+//!
+//! Of a job that is to be ready in time (`converge`) it says how long guests' writes wait.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -24,11 +26,13 @@ use liveblk_engine::address::GuestRange;
 use liveblk_engine::buf::Buf;
 use liveblk_engine::error::Result as EngineResult;
 use liveblk_engine::executor::Class;
+use liveblk_engine::executor::sync::{Either, select};
 use liveblk_engine::format::LocalFuture;
 use liveblk_engine::node::{Origin, WriteContent, WriteCopy, WriteFlags, WriteHook, ZeroFlags};
 
 use crate::copy::Copy;
 use crate::event::{Action, Operation};
+use crate::lifecycle::Ending;
 use crate::limits::RETRY_DELAY_NS;
 use crate::region::Region;
 use crate::spec::CopyMode;
@@ -97,6 +101,29 @@ impl WriteHook for MirrorHook {
 
     fn copies_bytes(&self) -> bool {
         self.is_active()
+    }
+
+    fn may_delay_guests(&self) -> bool {
+        self.copy.job().convergence().is_some()
+    }
+
+    fn guest_delay(&self) -> Option<LocalFuture<'static, ()>> {
+        let convergence = self.copy.job().convergence()?;
+        let (copy, delay) = (Rc::clone(&self.copy), convergence.delay());
+        let is_over = move || {
+            let job = copy.job();
+            let stands = job.wants_pause() || job.ending() != Ending::None;
+            stands || copy.is_dead() || convergence.delay() == 0
+        };
+        if is_over() {
+            return None;
+        }
+        let copy = Rc::clone(&self.copy);
+        Some(Box::pin(async move {
+            let job = copy.job();
+            let _: Either<(), ()> =
+                select(job.changed().until(is_over), job.core().sleep(delay)).await;
+        }))
     }
 
     fn begin_copy(

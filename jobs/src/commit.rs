@@ -23,9 +23,11 @@ use crate::chain::{
 };
 use crate::chain_error::ChainError;
 use crate::commit_active::prepare_active;
+use crate::converge::Converge;
 use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Layers};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
+use crate::follow_error::FollowError;
 use crate::job::Job;
 use crate::manager::JobManager;
 use crate::spec::{CopyMode, JobOptions};
@@ -52,6 +54,8 @@ pub struct CommitSpec {
     pub filter_name: Option<String>,
     /// Of an active commit: when guest writes reach the base.
     pub copy_mode: CopyMode,
+    /// Of an active commit: be ready in time.
+    pub converge: Option<Converge>,
 }
 
 impl CommitSpec {
@@ -66,6 +70,7 @@ impl CommitSpec {
             mask_protocol: false,
             filter_name: None,
             copy_mode: CopyMode::Background,
+            converge: None,
         }
     }
 
@@ -92,6 +97,13 @@ impl CommitSpec {
         if self.is_active() && self.backing_file.is_some() {
             return Err(ChainError::ActiveLayer.into());
         }
+        if !self.is_active() && self.copy_mode != CopyMode::Background {
+            return Err(FollowError::NotActive("copy-mode").into());
+        }
+        if !self.is_active() && self.converge.is_some() {
+            return Err(FollowError::NotActive("converge").into());
+        }
+        self.converge.map_or(Ok(()), |converge| converge.check())?;
         Ok(())
     }
 

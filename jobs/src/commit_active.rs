@@ -42,6 +42,7 @@ pub(crate) async fn prepare_active(
     job.set_nodes(spec.top.id(), spec.base.id());
     job.set_section(nodes.iter().map(|node| node.id()).collect());
     job.set_copy_mode(spec.copy_mode);
+    job.set_converge(spec.converge);
     let graph = Graph::of(job.core());
     let section = Section::new(&graph);
     let idle = vouch(&section, &graph, &nodes);
@@ -80,8 +81,8 @@ fn prepare(job: Rc<Job>, spec: &CommitSpec, section: Rc<Section>, lot: Lot) -> R
     let follower = Follower::new(&copy, &slot, Rc::clone(&into) as Rc<dyn Takeover>);
     let (place, inner) = (Rc::clone(&slot), Rc::clone(&copy));
     let work = async move {
-        into.plan(follower.copy(), &place, lot.idle).await?;
-        follower.run().await
+        let copy = Rc::clone(follower.copy());
+        follower.run(into.plan(&copy, &place, lot.idle)).await
     };
     let body: Body = Box::pin(with_section(section, inner, work));
     Ok(Prepared { copy, slot, body, opened: None })

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use crate::converge::ConvergeInfo;
 use crate::lifecycle::{IoStatus, Status};
 
 /// The kinds of jobs.
@@ -136,6 +137,14 @@ pub enum Event {
         /// What is done about it.
         action: Action,
     },
+    /// `BLOCK_JOB_CONVERGE`, ours: a job that is to be ready in time went on to another phase, or
+    /// missed its deadline.
+    Converge {
+        /// The job.
+        id: Rc<str>,
+        /// Where it is.
+        info: ConvergeInfo,
+    },
 }
 
 /// A row of `query-jobs`.
@@ -153,6 +162,8 @@ pub struct JobInfo {
     pub total: u64,
     /// Why it failed.
     pub error: Option<String>,
+    /// Where it is, if it is to be ready in time.
+    pub converge: Option<ConvergeInfo>,
 }
 
 /// A row of `query-block-jobs`.
@@ -176,6 +187,8 @@ pub struct BlockJobInfo {
     pub auto_dismiss: bool,
     /// Why it failed.
     pub error: Option<String>,
+    /// Where it is, if it is to be ready in time.
+    pub converge: Option<ConvergeInfo>,
     /// Mirror only: whether every write reaches the target before it is answered.
     pub actively_synced: Option<bool>,
 }

@@ -14,9 +14,11 @@
 //! little is left the gates close for the rest.
 
 use std::cell::Cell;
+use std::future::Future;
 use std::rc::Rc;
 
 use liveblk_engine::error::Result as EngineResult;
+use liveblk_engine::executor::sync::{Either, select};
 use liveblk_engine::format::LocalFuture;
 use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
 use liveblk_engine::node::Node;
@@ -84,13 +86,29 @@ impl Follower {
         job.changed().notify_all();
     }
 
-    /// Runs from the plan to the end.
+    /// Runs to the end, when `plan` has found out what is to be copied.
     ///
     /// # Errors
     /// The failure that the policy reports; `Cancelled` when the job is forced to end.
-    pub(crate) async fn run(self: Rc<Self>) -> Result<Option<LastStep>> {
-        self.catch_up().await?;
+    pub(crate) async fn run(
+        self: Rc<Self>,
+        plan: impl Future<Output = Result<()>>,
+    ) -> Result<Option<LastStep>> {
+        let work = async {
+            plan.await?;
+            self.catch_up().await
+        };
         let job = self.copy.job();
+        match job.convergence() {
+            None => work.await?,
+            Some(convergence) => {
+                match select(work, convergence.control(&self.copy)).await {
+                    Either::First(result) => result?,
+                    Either::Second(never) => match never {},
+                }
+                convergence.meet();
+            }
+        }
         job.set_synced(job.copy_mode() == CopyMode::WriteBlocking && self.copy.is_clean());
         job.become_ready();
         self.follow().await?;
@@ -115,7 +133,10 @@ impl Follower {
             copy: Rc::clone(&self.copy),
             approach: Box::new(move || {
                 let follower = Rc::clone(&one);
-                Box::pin(async move { follower.copy_until_little().await.map(drop) })
+                Box::pin(async move {
+                    follower.hurry();
+                    follower.copy_until_little().await.map(drop)
+                })
             }),
             part: Box::new(move || two.cut_part(two.copy.job().ending())),
         }
@@ -156,6 +177,7 @@ impl Follower {
 
     /// Ends as it was told to.
     async fn end(self: &Rc<Self>) -> Result<()> {
+        self.hurry();
         loop {
             self.copy_until_little().await?;
             if self.finish(self.copy.job().ending()).await? {
@@ -164,15 +186,29 @@ impl Follower {
         }
     }
 
+    /// Who asked for a bounded latency does not want gates closed for long: what guests write from
+    /// now on is not left for the end.
+    fn hurry(&self) {
+        let job = self.copy.job();
+        if job.convergence().is_some() {
+            job.set_copy_mode(CopyMode::WriteBlocking);
+        }
+    }
+
     /// Copies until nothing is dirty (true), or so little that closing the gates for it does not
     /// hurt. What counts as little grows while the guest keeps ahead.
     async fn copy_until_little(&self) -> Result<bool> {
         let core = self.copy.job().core().clone();
-        let began = core.now();
+        let (began, convergence) = (core.now(), self.copy.job().convergence());
         let is_little = || {
-            let waited = core.now().saturating_sub(began);
-            let doublings = u32::try_from(waited / PIVOT_PATIENCE_NS).unwrap_or(u32::MAX);
-            let little = PIVOT_BYTES.checked_shl(doublings.min(16)).unwrap_or(PIVOT_BYTES_MAX);
+            let (now, waited) = (core.now(), core.now().saturating_sub(began));
+            let little = match &convergence {
+                Some(convergence) => convergence.little(now, began, self.copy.granularity()),
+                None => {
+                    let doublings = u32::try_from(waited / PIVOT_PATIENCE_NS).unwrap_or(u32::MAX);
+                    PIVOT_BYTES.checked_shl(doublings.min(16)).unwrap_or(PIVOT_BYTES_MAX)
+                }
+            };
             waited > PIVOT_PATIENCE_NS && self.copy.dirty_bytes() <= little.min(PIVOT_BYTES_MAX)
         };
         self.copy.run_while(|| !is_little()).await

@@ -29,6 +29,15 @@ pub enum FollowError {
         /// Why it does not.
         source: liveblk_engine::Error,
     },
+    /// A number of a convergence that is out of its bounds.
+    BadConverge {
+        /// The member, as in QMP.
+        member: &'static str,
+        /// The largest that is allowed; the least is 1.
+        most: u32,
+    },
+    /// An option of active commits, where the top is not the layer that guests write.
+    NotActive(&'static str),
 }
 
 impl fmt::Display for FollowError {
@@ -44,6 +53,12 @@ impl fmt::Display for FollowError {
                 "Node '{node}' cannot grow: {kind} job '{job}' follows it, and its target \
                  '{target}' cannot grow: {source}"
             ),
+            Self::BadConverge { member, most } => {
+                write!(f, "Parameter '{member}' expects a value between 1 and {most}")
+            }
+            Self::NotActive(option) => {
+                write!(f, "'{option}' specified, but 'top' is not the active layer")
+            }
         }
     }
 }
@@ -52,7 +67,7 @@ impl std::error::Error for FollowError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::TargetCannotGrow { source, .. } => Some(source),
-            Self::Shrinks { .. } => None,
+            _ => None,
         }
     }
 }

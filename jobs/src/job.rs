@@ -13,6 +13,7 @@ use liveblk_engine::executor::sync::{Either, Notify, select};
 use liveblk_engine::node::{Node, NodeId, UserGuard};
 
 use crate::bitmap_use::BitmapUse;
+use crate::converge::{Converge, ConvergeInfo, Convergence};
 use crate::error::JobError;
 use crate::event::{Action, BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind, Operation};
 use crate::fleecing::JobFilter;
@@ -65,6 +66,8 @@ pub struct Job {
     hidden: bool,
     /// Of a mirror or active commit: how guest writes reach the target now.
     copy_mode: Cell<CopyMode>,
+    /// Of a mirror or active commit that is to be ready in time.
+    convergence: RefCell<Option<Rc<Convergence>>>,
     /// Of a mirror: every write that was answered is in the target.
     synced: Cell<bool>,
 }
@@ -103,6 +106,7 @@ impl Job {
             bitmap: RefCell::new(None),
             hidden: false,
             copy_mode: Cell::new(CopyMode::Background),
+            convergence: RefCell::new(None),
             synced: Cell::new(false),
             options,
             core,
@@ -303,6 +307,23 @@ impl Job {
         self.changed.notify_all();
     }
 
+    /// Is to be ready as `wanted` says, counted from now.
+    pub(crate) fn set_converge(&self, wanted: Option<Converge>) {
+        let (mode, now) = (self.copy_mode.get(), self.core.now());
+        let convergence = wanted.map(|wanted| Convergence::new(wanted, mode, now));
+        self.convergence.replace(convergence);
+    }
+
+    /// How it becomes ready in time, if it is to.
+    pub(crate) fn convergence(&self) -> Option<Rc<Convergence>> {
+        self.convergence.borrow().clone()
+    }
+
+    fn converge_info(&self) -> Option<ConvergeInfo> {
+        let left = self.progress.total().saturating_sub(self.progress.done());
+        self.convergence.borrow().as_ref().map(|convergence| convergence.info(left))
+    }
+
     /// Whether every write that was answered is in the target.
     pub(crate) fn set_synced(&self, synced: bool) {
         self.synced.set(synced);
@@ -469,6 +490,7 @@ impl Job {
             current: self.progress.done(),
             total: self.progress.total(),
             error: self.error_text(),
+            converge: self.converge_info(),
         }
     }
 
@@ -486,6 +508,7 @@ impl Job {
             auto_finalize: self.options.auto_finalize,
             auto_dismiss: self.options.auto_dismiss,
             error: self.error_text(),
+            converge: self.converge_info(),
             actively_synced: (self.kind == Kind::Mirror).then(|| self.synced.get()),
         }
     }

@@ -60,6 +60,16 @@ pub const PIVOT_BYTES: u64 = 1 << 20;
 /// See [`PIVOT_BYTES`].
 pub const PIVOT_PATIENCE_NS: u64 = 50_000_000;
 
+/// Least nanoseconds between two looks of a job that converges at its traffic.
+pub const CONVERGE_TICK_MIN_NS: u64 = 1_000_000;
+
+/// Most microseconds of latency that a job that converges may be allowed to add: guests give a
+/// request up after some tens of seconds.
+pub const CONVERGE_LATENCY_MAX_US: u32 = 10_000_000;
+
+/// Most nanoseconds between two such looks.
+pub const CONVERGE_TICK_MAX_NS: u64 = 250_000_000;
+
 /// Tries of the steps that finish a transaction after its decision.
 pub const FINISH_TRIES: u32 = 5;
 

@@ -43,6 +43,7 @@ pub(crate) fn prepare_mirror(spec: MirrorSpec, txn: &Rc<JobTxn>) -> Result<Prepa
     let job = manager.create(Kind::Mirror, spec.job.clone(), txn)?;
     job.set_nodes(spec.source.id(), spec.target.id());
     job.set_copy_mode(spec.copy_mode);
+    job.set_converge(spec.more.converge);
     let hold = match use_nodes(&job, &spec.source, &spec.target) {
         Ok(hold) => hold,
         Err(error) => {
@@ -79,10 +80,8 @@ pub(crate) fn prepare_mirror(spec: MirrorSpec, txn: &Rc<JobTxn>) -> Result<Prepa
     }
     let follower = Follower::new(&copy, &slot, Rc::new(ToTarget(spec.more.backing_at_pivot)));
     let (planned, place) = (Rc::clone(&copy), Rc::clone(&slot));
-    let body: Body = Box::pin(async move {
-        plan(&planned, &place.first(), &spec).await?;
-        follower.run().await
-    });
+    let body: Body =
+        Box::pin(async move { follower.run(plan(&planned, &place.first(), &spec)).await });
     Ok(Prepared { copy, slot, body, opened: None })
 }
 

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use liveblk_engine::node::{Node, NodeId, Permissions, User};
 
 use crate::bitmap_use::BitmapChoice;
+use crate::converge::Converge;
 use crate::error::{GranularityRule, JobError, Result};
 use crate::limits::BACKUP_GRANULE_MIN;
 
@@ -175,6 +176,8 @@ pub struct MirrorOptions {
     pub backing_at_pivot: Option<NodeId>,
     /// A bitmap of the source: what is copied, or what the copy leaves behind.
     pub bitmap: BitmapChoice,
+    /// Be ready in time.
+    pub converge: Option<Converge>,
 }
 
 /// A backup to be started.
@@ -252,6 +255,7 @@ impl MirrorSpec {
         if self.source.id() == self.target.id() {
             return Err(JobError::SameNode { verb: "mirror" });
         }
+        self.more.converge.map_or(Ok(()), |converge| converge.check())?;
         Ok(granularity)
     }
 }

@@ -67,6 +67,7 @@ impl Work {
             mask_protocol: false,
             filter_name: None,
             copy_mode: Default::default(),
+            converge: None,
         };
         match self {
             Self::Flatten => start_stream(stream(top, StreamTo::End)).await.map(drop),

@@ -30,6 +30,7 @@ fn commit(device: &Rc<Node>, top: &Rc<Node>, base: &Rc<Node>, job: JobOptions) -
         mask_protocol: false,
         filter_name: None,
         copy_mode: Default::default(),
+        converge: None,
     }
 }
 

@@ -13,7 +13,7 @@ use liveblk_jobs::{
 
 use super::control::{Control, Result};
 use super::errors::Failure;
-use super::jobs::{copy_mode, on_error};
+use super::jobs::{converging, copy_mode, on_error};
 use crate::schema::{BlockCommit, BlockStream, ChainJob};
 
 impl Control {
@@ -60,7 +60,7 @@ impl Control {
 
     /// A commit with its nodes found.
     pub(super) fn commit_spec(&self, commit: BlockCommit) -> Result<CommitSpec> {
-        let BlockCommit { job, top_node, top, copy_mode: mode } = commit;
+        let BlockCommit { job, top_node, top, copy_mode: mode, converge } = commit;
         // Clients probe for this class; it comes before everything else.
         let device = self.graph.find(&job.device);
         let device = device.map_err(|_| refused(ChainError::DeviceNotFound(text(&job.device))))?;
@@ -90,6 +90,7 @@ impl Control {
             mask_protocol: job.backing_mask_protocol,
             filter_name: job.filter_node_name,
             copy_mode: copy_mode(mode),
+            converge: converge.map(converging),
         })
     }
 

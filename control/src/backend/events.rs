@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use liveblk_jobs::{BlockJobFacts, Event as JobEvent};
+use liveblk_jobs::{BlockJobFacts, ConvergeInfo, Event as JobEvent};
 use serde_json::{Value, json};
 
 use crate::monitor::EventSink;
@@ -48,7 +48,29 @@ pub(super) fn of_job(event: &JobEvent) -> Event {
             "BLOCK_JOB_ERROR",
             json!({"device": &**id, "operation": operation.name(), "action": action.name()}),
         ),
+        JobEvent::Converge { id, info } => {
+            let mut data = of_convergence(info);
+            if let Some(members) = data.as_object_mut() {
+                members.insert("id".to_owned(), Value::from(&**id));
+            }
+            Event::now("BLOCK_JOB_CONVERGE", data)
+        }
     }
+}
+
+/// Where a job is that is to be ready in time.
+pub(super) fn of_convergence(info: &ConvergeInfo) -> Value {
+    let mut data = json!({
+        "phase": info.phase.name(),
+        "dirty-rate": info.dirty_rate,
+        "remaining": info.remaining,
+        "delay-us": info.delay_us,
+        "deadline-missed": info.missed,
+    });
+    if let (Some(eta), Some(members)) = (info.eta_ms, data.as_object_mut()) {
+        members.insert("eta-ms".to_owned(), Value::from(eta));
+    }
+    data
 }
 
 /// An export is gone.
@@ -64,4 +86,34 @@ fn of_facts(facts: &BlockJobFacts) -> Value {
         "offset": facts.offset,
         "speed": facts.speed,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use liveblk_jobs::Phase;
+
+    use super::*;
+
+    #[test]
+    fn a_convergence_is_told_with_all_it_knows() {
+        let info = ConvergeInfo {
+            phase: Phase::Throttling,
+            dirty_rate: 5,
+            remaining: 6,
+            delay_us: 7,
+            eta_ms: None,
+            missed: true,
+        };
+        let mut wanted = json!({
+            "id": "j", "phase": "throttling", "dirty-rate": 5, "remaining": 6, "delay-us": 7,
+            "deadline-missed": true,
+        });
+        let event = |info| of_job(&JobEvent::Converge { id: Rc::from("j"), info });
+        let told = event(info);
+        assert_eq!((told.name, &told.data), ("BLOCK_JOB_CONVERGE", &wanted));
+        wanted["eta-ms"] = 8.into();
+        assert_eq!(event(ConvergeInfo { eta_ms: Some(8), ..info }).data, wanted);
+    }
 }

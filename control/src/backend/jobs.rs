@@ -9,9 +9,9 @@ use liveblk_engine::executor::CoreId;
 use liveblk_engine::node::{Node, User};
 use liveblk_jobs::{
     Action, Amendment, BackupAction, BackupOptions, BackupSpec, BitmapChoice, BitmapMode,
-    CommitAction, CompletionMode, CopyMode, DriveTarget, JobOptions, MirrorAction, MirrorOptions,
-    MirrorSpec, NewImageMode, OnCbwError, OnError, SnapshotFile, StreamAction, SyncMode,
-    start_amend, start_backup, start_drive_backup, start_drive_mirror, start_mirror,
+    CommitAction, CompletionMode, Converge, CopyMode, DriveTarget, JobOptions, MirrorAction,
+    MirrorOptions, MirrorSpec, NewImageMode, OnCbwError, OnError, SnapshotFile, StreamAction,
+    SyncMode, start_amend, start_backup, start_drive_backup, start_drive_mirror, start_mirror,
 };
 
 use super::bitmaps::bitmap_action;
@@ -21,7 +21,8 @@ use super::fleecing::{check_granule, on_cbw_error};
 use super::internal::internal_snapshot;
 use crate::schema::{
     self, BackupPerf, BlockdevAmend, BlockdevBackup, BlockdevMirror, BlockdevSnapshot,
-    BlockdevSnapshotSync, Drive, DriveFile, MirrorCopyMode, Transaction, TransactionAction,
+    BlockdevSnapshotSync, ConvergeOptions, Drive, DriveFile, MirrorCopyMode, Transaction,
+    TransactionAction,
 };
 
 impl Control {
@@ -78,6 +79,7 @@ impl Control {
             target_is_zero: mirror.target_is_zero,
             filter_name: mirror.filter_node_name,
             bitmap: BitmapChoice { name: mirror.bitmap, mode },
+            converge: mirror.converge.map(converging),
             ..MirrorOptions::default()
         };
         Ok(MirrorAction {
@@ -388,4 +390,10 @@ pub(super) fn copy_mode(mode: MirrorCopyMode) -> CopyMode {
         MirrorCopyMode::Background => CopyMode::Background,
         MirrorCopyMode::WriteBlocking => CopyMode::WriteBlocking,
     }
+}
+
+/// The convergence as jobs know it.
+pub(super) fn converging(options: ConvergeOptions) -> Converge {
+    let ConvergeOptions { deadline_ms, max_latency_us } = options;
+    Converge { deadline_ms, max_latency_us }
 }

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::bitmaps::dirty_bitmaps;
 use super::control::Control;
+use super::events::of_convergence;
 
 impl Control {
     /// `query-named-block-nodes`: newest first.
@@ -85,6 +86,7 @@ impl Control {
                 "id": &*job.id,
             });
             insert_some(&mut row, "error", job.error.as_deref().map(Value::from));
+            insert_some(&mut row, "converge", job.converge.as_ref().map(of_convergence));
             row
         };
         self.jobs.query().iter().map(row).collect()
@@ -108,6 +110,7 @@ impl Control {
                 "type": job.facts.kind.name(),
             });
             insert_some(&mut row, "error", job.error.as_deref().map(Value::from));
+            insert_some(&mut row, "converge", job.converge.as_ref().map(of_convergence));
             insert_some(&mut row, "actively-synced", job.actively_synced.map(Value::from));
             row
         };

@@ -122,6 +122,34 @@ static JOB_STATUS: EnumType = words(
     ],
 );
 static IO_STATUS: EnumType = words("BlockDeviceIoStatus", &["ok", "failed", "nospace"]);
+static CONVERGE_PHASE: EnumType =
+    words("ConvergePhase", &["background", "write-blocking", "throttling"]);
+/// Ours: where a job is that is to be ready in time. `dirty-rate` in bytes per second, `remaining`
+/// in bytes, `delay-us` of each write of a guest; `eta-ms` only if an end is to be expected.
+static CONVERGE_INFO: ObjectType = object(
+    "ConvergeInfo",
+    &[
+        need("phase", Type::Enum(&CONVERGE_PHASE)),
+        need("dirty-rate", INT),
+        need("remaining", INT),
+        need("delay-us", INT),
+        need("deadline-missed", Type::Bool),
+        may("eta-ms", INT),
+    ],
+);
+/// Ours: a job that is to be ready in time went on to another phase, or missed its deadline.
+pub(super) static JOB_CONVERGE: ObjectType = object(
+    "BLOCK_JOB_CONVERGE",
+    &[
+        need("id", Type::Str),
+        need("phase", Type::Enum(&CONVERGE_PHASE)),
+        need("dirty-rate", INT),
+        need("remaining", INT),
+        need("delay-us", INT),
+        need("deadline-missed", Type::Bool),
+        may("eta-ms", INT),
+    ],
+);
 pub(super) static JOB_INFO: ObjectType = object(
     "JobInfo",
     &[
@@ -131,6 +159,7 @@ pub(super) static JOB_INFO: ObjectType = object(
         need("current-progress", INT),
         need("total-progress", INT),
         may("error", Type::Str),
+        may("converge", Type::Object(&CONVERGE_INFO)),
     ],
 );
 static MIRROR_INFO: ObjectType =
@@ -151,6 +180,7 @@ pub(super) static BLOCK_JOB_INFO: ObjectType = ObjectType {
         need("auto-finalize", Type::Bool),
         need("auto-dismiss", Type::Bool),
         may("error", Type::Str),
+        may("converge", Type::Object(&CONVERGE_INFO)),
     ],
     variants: Some(Variants { tag: "type", cases: &[("mirror", &MIRROR_INFO)] }),
     features: &[],

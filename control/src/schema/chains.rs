@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::jobs::{COPY_MODE, MirrorCopyMode, ON_ERROR, OnError};
+use super::jobs::{CONVERGE, COPY_MODE, ConvergeOptions, MirrorCopyMode, ON_ERROR, OnError};
 use super::types::{INT, Member, ObjectType, Type, may, need, object};
 
 const fn may_deprecated(name: &'static str) -> Member {
@@ -44,6 +44,7 @@ pub(super) static COMMIT: ObjectType = object(
         may("auto-finalize", Type::Bool),
         may("auto-dismiss", Type::Bool),
         may("copy-mode", Type::Enum(&COPY_MODE)),
+        may("converge", Type::Object(&CONVERGE)),
     ],
 );
 
@@ -108,4 +109,6 @@ pub struct BlockCommit {
     /// Ours: how guest writes reach the base, where the top is the layer that guests write.
     #[serde(default)]
     pub copy_mode: MirrorCopyMode,
+    /// Ours: be ready in time, where the top is the layer that guests write.
+    pub converge: Option<ConvergeOptions>,
 }

@@ -55,6 +55,14 @@ pub(super) static CHANGE: ObjectType = ObjectType {
     features: &[],
 };
 
+/// Ours: be ready within `deadline-ms` of the start, whatever guests write; each of their writes
+/// takes at most about `max-latency-us` longer for it. Phases: background, write-blocking,
+/// throttling. A deadline that is missed is an event, and the job goes on.
+pub(super) static CONVERGE: ObjectType = object(
+    "ConvergeOptions",
+    &[need("deadline-ms", Type::Int(Int::U32)), need("max-latency-us", Type::Int(Int::U32))],
+);
+
 pub(super) static MIRROR: ObjectType = object(
     "BlockdevMirror",
     &[
@@ -76,6 +84,7 @@ pub(super) static MIRROR: ObjectType = object(
         may("bitmap", Type::Str),
         may("bitmap-mode", Type::Enum(&BITMAP_SYNC)),
         may("allow-larger-target", Type::Bool),
+        may("converge", Type::Object(&CONVERGE)),
     ],
 );
 
@@ -135,6 +144,7 @@ pub(super) static DRIVE_MIRROR: ObjectType = object(
         may("auto-dismiss", Type::Bool),
         may("bitmap", Type::Str),
         may("bitmap-mode", Type::Enum(&BITMAP_SYNC)),
+        may("converge", Type::Object(&CONVERGE)),
     ],
 );
 
@@ -273,6 +283,18 @@ pub struct BlockdevMirror {
     /// Ours: the target may be larger than the source; its tail reads zero.
     #[serde(default)]
     pub allow_larger_target: bool,
+    /// Ours: be ready in time.
+    pub converge: Option<ConvergeOptions>,
+}
+
+/// How a mirror or active commit is ready in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ConvergeOptions {
+    /// Milliseconds from the start.
+    pub deadline_ms: u32,
+    /// Microseconds that a guest's write is delayed at most.
+    pub max_latency_us: u32,
 }
 
 /// Tuning of a backup.

@@ -39,8 +39,8 @@ pub use exports::{
 };
 pub use introspect::{query_commands, query_qmp_schema};
 pub use jobs::{
-    BackupPerf, BitmapSync, BlockJobChange, BlockdevBackup, BlockdevMirror, Drive, DriveFile,
-    MirrorCopyMode, MirrorSync, OnError, SyncMode,
+    BackupPerf, BitmapSync, BlockJobChange, BlockdevBackup, BlockdevMirror, ConvergeOptions, Drive,
+    DriveFile, MirrorCopyMode, MirrorSync, OnError, SyncMode,
 };
 pub use table::{COMMANDS, CommandEntry, EVENTS, EventEntry, Run, command_entry};
 pub use transaction::{

@@ -383,6 +383,7 @@ pub static EVENTS: &[EventEntry] = &[
     event("BLOCK_JOB_ERROR", &answers::JOB_ERROR),
     event("BLOCK_JOB_READY", &answers::JOB_PROGRESS),
     event("BLOCK_JOB_PENDING", &answers::JOB_PENDING),
+    event("BLOCK_JOB_CONVERGE", &answers::JOB_CONVERGE),
     event("BLOCK_WRITE_THRESHOLD", &verbs::WRITE_THRESHOLD_EVENT),
     event("BLOCK_IMAGE_CORRUPTED", &answers::IMAGE_CORRUPTED),
     event("BLOCK_EXPORT_DELETED", &answers::EXPORT_DELETED),

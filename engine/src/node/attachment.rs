@@ -28,6 +28,11 @@ impl Attachment {
         Rc::clone(&self.node.borrow())
     }
 
+    /// Whether a job may have its writes wait.
+    pub(super) fn may_be_delayed(&self) -> bool {
+        self.node.borrow().hooks.may_delay_guests()
+    }
+
     /// Points to `to` from now on. Only inside a cut of both nodes.
     pub(crate) fn move_to(self: &Rc<Self>, to: &Rc<Node>) {
         let guard = {

@@ -38,6 +38,20 @@ pub trait WriteHook {
         None
     }
 
+    /// The wait of a guest's write, zeroing or discard before it enters the node (a job that would
+    /// never catch up with its guests), if it has to wait. Asked once per request of an attachment,
+    /// before the gate, of hooks that [may](WriteHook::may_delay_guests) have it wait; requests of
+    /// jobs and of other nodes never do.
+    fn guest_delay(&self) -> Option<LocalFuture<'static, ()>> {
+        None
+    }
+
+    /// Whether [`WriteHook::guest_delay`] ever says anything. Asked when the hook is installed, so
+    /// that requests of all other nodes do not pay for it.
+    fn may_delay_guests(&self) -> bool {
+        false
+    }
+
     /// Whether [`WriteHook::begin_copy`] will copy bytes: memory that a guest can still change is
     /// copied before anybody looks at it then.
     fn copies_bytes(&self) -> bool {
@@ -123,11 +137,13 @@ impl List {
 pub(crate) struct Hooks {
     list: RefCell<List>,
     next: Cell<u64>,
+    /// A hook may have guests wait.
+    delays: Cell<bool>,
 }
 
 impl Hooks {
     pub(crate) fn new() -> Self {
-        Self { list: RefCell::new(List(Rc::new([]))), next: Cell::new(0) }
+        Self { list: RefCell::new(List(Rc::new([]))), next: Cell::new(0), delays: Cell::new(false) }
     }
 
     pub(crate) fn add(&self, hook: Rc<dyn WriteHook>) -> HookId {
@@ -135,14 +151,33 @@ impl Hooks {
         self.next.set(id.0 + 1);
         let mut list = self.list.borrow().0.to_vec();
         list.push((id, hook));
-        *self.list.borrow_mut() = List(list.into());
+        self.set(list);
         id
     }
 
     pub(crate) fn remove(&self, id: HookId) {
         let mut list = self.list.borrow().0.to_vec();
         list.retain(|(known, _)| *known != id);
+        self.set(list);
+    }
+
+    fn set(&self, list: Vec<(HookId, Rc<dyn WriteHook>)>) {
+        self.delays.set(list.iter().any(|(_, hook)| hook.may_delay_guests()));
         *self.list.borrow_mut() = List(list.into());
+    }
+
+    /// Whether any hook may have guests wait.
+    pub(super) fn may_delay_guests(&self) -> bool {
+        self.delays.get()
+    }
+
+    /// Has a guest wait as long as the hooks say.
+    pub(super) async fn delay_guest(&self) {
+        for (_, hook) in self.current().0.iter() {
+            if let Some(delay) = hook.guest_delay() {
+                delay.await;
+            }
+        }
     }
 
     /// The hooks now; a request keeps the list it began with.

@@ -1,7 +1,7 @@
 //! Nodes: images that can be read and written, and the requests on them.
 //!
 //! Order of one write, write-zeroes or discard on a node:
-//! 1. throttle (none yet);
+//! 1. throttle: a guest's write waits as long as a hook says (a job that is to catch up);
 //! 2. gate: requests of external origin wait while a cut runs, and find out afterwards which node
 //!    their attachment points to;
 //! 3. node claim on the byte range, in order of arrival;

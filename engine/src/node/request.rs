@@ -65,6 +65,16 @@ pub(super) struct Admitted {
 }
 
 impl Target {
+    /// Has a guest's write wait as long as jobs say; over before the gate, so that no cut waits for
+    /// it.
+    async fn throttle(&self) {
+        if let Self::Attachment(attachment) = self
+            && attachment.may_be_delayed()
+        {
+            attachment.node().hooks.delay_guest().await;
+        }
+    }
+
     pub(super) async fn admit(self) -> Admitted {
         match self {
             Self::Node(node, Origin::Derived) => Admitted { node: node.served(), _pass: None },
@@ -139,6 +149,7 @@ pub(super) fn start_write(
     flags: WriteFlags,
 ) -> Receipt {
     core.spawn(Class::Guest, async move {
+        target.throttle().await;
         let admitted = target.admit().await;
         let node = &admitted.node;
         let mut counting = Counting::admitted(node, Work::Write, buf.len() as u64);
@@ -214,6 +225,7 @@ pub(super) fn start_zero(
 ) -> Receipt {
     let op = if mode == ZeroMode::Discard { "discard" } else { "write zeroes" };
     core.spawn(Class::Guest, async move {
+        target.throttle().await;
         let admitted = target.admit().await;
         let node = &admitted.node;
         let work = if mode == ZeroMode::Discard { Work::Unmap } else { Work::Write };

@@ -126,7 +126,7 @@ impl Copy {
         let now = self.job.core().now();
         let retry = self.retry_at.get().saturating_sub(now);
         let mut rate = self.job.rate().borrow_mut();
-        rate.unit(self.granularity(), self.unit);
+        rate.unit(self.granularity(), self.largest_unit());
         retry.max(rate.delay(now))
     }
 
@@ -175,7 +175,7 @@ impl Copy {
     fn next_candidate(&self, from: u64) -> Option<(GuestRange, bool)> {
         let todo = self.todo.borrow();
         let zeroes = self.zero.borrow();
-        let unit = self.job.rate().borrow_mut().unit(todo.granularity(), self.unit);
+        let unit = self.job.rate().borrow_mut().unit(todo.granularity(), self.largest_unit());
         let start = todo.next_dirty(from)?;
         let zero = zeroes.test(start);
         let (limit, change) = if zero {

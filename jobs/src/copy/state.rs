@@ -9,6 +9,7 @@ use liveblk_engine::bitmap::DirtyBitmap;
 use liveblk_engine::node::{Node, NodeId, Origin};
 
 use super::before::{BeforeWrite, Crowd};
+use crate::converge::Traffic;
 use crate::error::{JobError, Result};
 use crate::event::{Action, Operation};
 use crate::job::Job;
@@ -112,6 +113,9 @@ pub(crate) struct Copy {
     /// Bytes that copy-before-write holds.
     before_write_bytes: Cell<u64>,
     bounds: Bounds,
+    /// Bytes in flight of the background loop, as convergence bounds them.
+    window: Cell<u64>,
+    traffic: Cell<Traffic>,
     pub(super) retry_at: Cell<u64>,
     phase: Cell<Phase>,
     failure: RefCell<Option<JobError>>,
@@ -159,6 +163,8 @@ impl Copy {
             touched: RefCell::new(None),
             unit: whole(unit.min(setup.bounds.chunk), setup.granularity),
             bounds: setup.bounds,
+            window: Cell::new(setup.bounds.bytes),
+            traffic: Cell::default(),
             whole_granules: setup.whole_granules,
             compress: setup.compress,
             keeps_bytes: setup.keeps_bytes,
@@ -357,8 +363,40 @@ impl Copy {
     /// Whether one more background copy may start.
     pub(super) fn has_room(&self) -> bool {
         let (units, bytes) = (self.units_in_flight.get(), self.bytes_in_flight.get());
-        let fits = units < self.bounds.units && bytes < self.bounds.bytes;
+        let fits = units < self.bounds.units && bytes < self.window.get();
         !self.growing.get() && (units == 0 || fits)
+    }
+
+    /// From now on at most `bytes` of the background loop are in flight, but two small copies
+    /// always.
+    pub(crate) fn set_window(&self, bytes: u64) {
+        let least = self.granularity.saturating_mul(2).min(self.bounds.bytes);
+        self.window.set(bytes.clamp(least, self.bounds.bytes));
+    }
+
+    /// Whether no more is in flight than the window allows.
+    pub(crate) fn fits_window(&self) -> bool {
+        self.bytes_in_flight.get() <= self.window.get()
+    }
+
+    /// Most bytes of one copy of the background loop.
+    pub(super) fn largest_unit(&self) -> u64 {
+        let half = whole(self.window.get() / 2, self.granularity);
+        if self.window.get() < self.bounds.bytes { half.min(self.unit) } else { self.unit }
+    }
+
+    /// What went on since the start.
+    pub(crate) fn traffic(&self) -> Traffic {
+        self.traffic.get()
+    }
+
+    fn count(&self, add: Traffic) {
+        let now = self.traffic.get();
+        self.traffic.set(Traffic {
+            dirtied: now.dirtied.saturating_add(add.dirtied),
+            copied: now.copied.saturating_add(add.copied),
+            covered: now.covered.saturating_add(add.covered),
+        });
     }
 
     /// Takes `bytes` of the copy-before-write reserve; one copy always fits. Given back with the
@@ -413,6 +451,7 @@ impl Copy {
     pub(crate) fn cover(&self, range: GuestRange) {
         self.todo.borrow_mut().clear_range(range);
         self.job.progress().add_done(range.len);
+        self.count(Traffic { covered: range.len, ..Traffic::default() });
         self.note_left();
     }
 
@@ -451,6 +490,8 @@ impl Copy {
         let added = self.todo.borrow_mut().set_range(range);
         if written {
             self.touch(range);
+            let dirtied = added.saturating_mul(self.granularity);
+            self.count(Traffic { dirtied, ..Traffic::default() });
         }
         if added > 0 {
             self.note_left();
@@ -502,6 +543,7 @@ impl Flight {
         let copy = Rc::clone(&self.copy);
         drop(self);
         copy.job.progress().add_done(bytes);
+        copy.count(Traffic { copied: bytes, ..Traffic::default() });
         copy.note_left();
     }
 }

@@ -4,6 +4,7 @@
 mod active_mirror;
 mod backup;
 mod bitmap_jobs;
+mod converge;
 mod fleecing;
 mod group;
 mod mirror;

@@ -249,6 +249,10 @@ impl Events {
             Event::Error { operation, action, .. } => {
                 format!("ERROR {} {}", operation.name(), action.name())
             }
+            Event::Converge { info, .. } => {
+                let missed = if info.missed { " missed" } else { "" };
+                format!("CONVERGE {}{missed}", info.phase.name())
+            }
         };
         self.0.borrow().iter().map(word).collect()
     }

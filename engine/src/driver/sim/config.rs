@@ -14,6 +14,8 @@ pub struct SimConfig {
     pub cores: u32,
     /// How long operations take.
     pub latency: Latency,
+    /// A disk that takes writes one after the other.
+    pub slow: Option<SlowDisk>,
     /// Reads and writes of more than a sector that transfer only a part, per mille.
     pub short_per_mille: u32,
     /// Reads and writes that answer EINTR or EAGAIN without effect, per mille.
@@ -35,6 +37,7 @@ impl SimConfig {
             seed,
             cores: 1,
             latency: Latency::default(),
+            slow: None,
             short_per_mille: 20,
             again_per_mille: 10,
             instant_per_mille: 50,
@@ -59,6 +62,15 @@ impl SimConfig {
         self.instant_per_mille = 0;
         self
     }
+}
+
+/// A disk with a limited rate: a write completes when all before it and its own bytes are through.
+#[derive(Clone, Debug)]
+pub struct SlowDisk {
+    /// Which operations; reads and others keep their latency.
+    pub filter: OpFilter,
+    /// Its rate.
+    pub bytes_per_second: u64,
 }
 
 /// Time from submission to completion, in nanoseconds; one in twenty operations takes up to

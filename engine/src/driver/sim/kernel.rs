@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::config::{FaultRule, SimConfig, SimOpKind, Subject};
+use super::config::{FaultRule, SimConfig, SimOpKind, SlowDisk, Subject};
 use super::file::Covered;
 use super::fs::SimFs;
 use super::hold::{HoldPoint, HoldState};
@@ -35,6 +35,8 @@ pub(super) struct Kernel {
     holds: Vec<HoldState>,
     mailboxes: Arc<[Arc<Mailbox>]>,
     dead: bool,
+    /// When the slow disk is through with what it was given.
+    slow_until: Nanos,
 }
 
 #[derive(Default)]
@@ -96,6 +98,7 @@ impl Kernel {
             holds: Vec::new(),
             mailboxes,
             dead: false,
+            slow_until: 0,
         }
     }
 
@@ -156,6 +159,14 @@ impl Kernel {
             span *= self.rng.between(2, 20);
         }
         let len = flight.work.begin(&flight.fate, &self.fs);
+        let is_slow = |slow: &&SlowDisk| {
+            flight.subject.kind == SimOpKind::Write && slow.filter.matches(&flight.subject)
+        };
+        if let Some(slow) = self.config.slow.as_ref().filter(is_slow) {
+            let nanos = len as u64 * 1_000_000_000 / slow.bytes_per_second.max(1);
+            self.slow_until = self.slow_until.max(self.now) + nanos;
+            span = self.slow_until - self.now;
+        }
         for (from, to) in flight.fate.pieces(len, flight.work.offset(), &mut self.rng) {
             let at = self.now + self.rng.below(span + 1);
             self.schedule(at, Event::Piece { op, from, to });

@@ -31,7 +31,7 @@ mod world;
 #[cfg(test)]
 mod tests;
 
-pub use self::config::{FaultRule, Latency, OpFilter, SimConfig, SimOpKind};
+pub use self::config::{FaultRule, Latency, OpFilter, SimConfig, SimOpKind, SlowDisk};
 pub use self::fs::{FsConfig, SimFs};
 pub use self::hold::{Hold, HoldPoint};
 pub use self::rng::Rng;
