@@ -52,6 +52,7 @@ static ADDITIONS: &[&str] = &[
 
 /// Branches that the peer does not have: all that begins so.
 static ADDED_BRANCHES: &[&str] = &[
+    "BLOCK_JOB_CONVERGE",
     "blockdev-create</options/+raw/",
     "block-commit</converge?",
     "blockdev-mirror</converge?",
