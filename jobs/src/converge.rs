@@ -14,7 +14,8 @@
 //! in a quarter of it: the rest is the write's own; (3) delays end at once when the job is ready,
 //! stands still, fails, or is told to end; (4) where the job's own speed limit is what takes long,
 //! nobody is delayed for it; (5) a missed deadline is told once, and the job goes on; (6) gates are
-//! closed for no more than the target takes in half the maximum latency, unless a guest keeps ahead.
+//! closed for no more than the target takes in half the maximum latency, unless a guest keeps
+//! ahead.
 //!
 //! Time and traffic are arguments of the pure part, so it is tested without a clock.
 
@@ -225,8 +226,8 @@ impl Convergence {
     }
 
     /// Bytes, at least a `granule`, for which the gates may be closed at `now` by who tries to since
-    /// `began`: what the target takes in half the maximum latency. It doubles again and again when the
-    /// deadline has passed, so that a guest that keeps ahead is cut at last.
+    /// `began`: what the target takes in half the maximum latency. It doubles again and again when
+    /// the deadline has passed, so that a guest that keeps ahead is cut at last.
     pub(crate) fn little(&self, now: u64, began: u64, granule: u64) -> u64 {
         let first =
             bytes_in(self.copy_rate.get(), self.latency_ns / 2).min(PIVOT_BYTES).max(granule);
