@@ -229,8 +229,8 @@ impl Convergence {
     /// `began`: what the target takes in half the maximum latency. It doubles again and again when
     /// the deadline has passed, so that a guest that keeps ahead is cut at last.
     pub(crate) fn little(&self, now: u64, began: u64, granule: u64) -> u64 {
-        let first =
-            bytes_in(self.copy_rate.get(), self.latency_ns / 2).min(PIVOT_BYTES).max(granule);
+        let first = bytes_in(self.copy_rate.get(), self.latency_ns / 2);
+        let first = first.min(PIVOT_BYTES).max(granule);
         let deadline = self.began.saturating_add(self.deadline_ns);
         let from = if self.met.get() { began } else { began.max(deadline) };
         let patience = (self.deadline_ns / 4).max(10 * PIVOT_PATIENCE_NS);
