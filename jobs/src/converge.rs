@@ -225,7 +225,7 @@ impl Convergence {
         self.delay.get()
     }
 
-    /// Bytes, at least a `granule`, for which the gates may be closed at `now` by who tries to since
+    /// Bytes, at least a `granule`, for which the gates may be closed at `now` by who tries since
     /// `began`: what the target takes in half the maximum latency. It doubles again and again when
     /// the deadline has passed, so that a guest that keeps ahead is cut at last.
     pub(crate) fn little(&self, now: u64, began: u64, granule: u64) -> u64 {
