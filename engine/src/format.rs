@@ -304,7 +304,9 @@ pub trait Format {
     fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>>;
 
     /// Makes a read-only image writable or the reverse; on the way to read-only everything is
-    /// flushed and the file is left clean.
+    /// flushed and the file is left clean. Asked to be read-only while it is, the image is read
+    /// again, because another process may have changed it: nothing is in flight then, and bitmaps
+    /// that somebody kept are those of the file.
     fn set_writable(&self, writable: bool) -> LocalFuture<'_, Result<()>>;
 
     /// Facts for queries and jobs.

@@ -10,9 +10,9 @@ use liveblk_engine::address::{GuestRange, HostOffset};
 use liveblk_engine::buf::Buf;
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{
-    Abilities, BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format, ImageInfo,
-    InfoValue, LocalFuture, Mapping, MissId, OpenImage, PackedCluster, Preallocation, Resize,
-    WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
+    Abilities, Applied, BackingRef, CreateImage, Driver, Extent, Extents, Fill, Format,
+    FormatOptions, ImageInfo, InfoValue, LocalFuture, Mapping, MissId, OpenImage, PackedCluster,
+    Preallocation, Resize, RuntimeOptions, WriteGuard, WritePiece, WriteStep, ZeroMode, ZeroStep,
 };
 use liveblk_engine::lease::Lease;
 use liveblk_engine::storage::Storage;
@@ -29,28 +29,80 @@ pub struct RawDriver;
 struct Raw {
     core: Core,
     storage: Storage,
-    offset: u64,
-    /// Set if the caller named a size; then it cannot change.
-    fixed: Option<u64>,
+    place: Rc<Place>,
     writable: Cell<bool>,
+}
+
+/// Where the disk lies in the file.
+#[derive(Debug, Default)]
+struct Place {
+    offset: Cell<u64>,
+    /// Set if the caller named a size; then only he changes it.
+    fixed: Cell<Option<u64>>,
+}
+
+impl Place {
+    /// Checks that `size` bytes (absent: all there are) at `offset` lie in a file of `file` bytes.
+    fn check(offset: u64, size: Option<u64>, file: u64) -> Result<(), Reason> {
+        let bytes = size.unwrap_or(0);
+        if offset > file {
+            return Err(Reason::RawOffset { offset, file });
+        }
+        if offset.checked_add(bytes).is_none_or(|end| end > file) {
+            return Err(Reason::RawRange { offset, size: bytes, file });
+        }
+        Ok(())
+    }
+}
+
+/// `offset` and `size` of a disk that is in use; both go back to their defaults if they are not
+/// named.
+struct Tuning {
+    storage: Storage,
+    place: Rc<Place>,
+}
+
+impl RuntimeOptions for Tuning {
+    fn prepare(&self, given: &FormatOptions, _: bool) -> Result<Applied> {
+        let (mut offset, mut size) = (0, None);
+        for (name, value) in given {
+            match (name.as_str(), value) {
+                ("offset", InfoValue::Number(bytes)) => offset = *bytes,
+                ("size", InfoValue::Number(bytes)) => size = Some(*bytes),
+                _ => return Err(Error::new(ErrorKind::InvalidArgument, "change options")),
+            }
+        }
+        let refuse = |reason: Reason| reason.error("change options").on(self.storage.name());
+        Place::check(offset, size, self.storage.size()).map_err(refuse)?;
+        if size.is_some_and(|bytes| bytes % 512 != 0) {
+            return Err(refuse(Reason::RawSector));
+        }
+        let place = Rc::clone(&self.place);
+        Ok(Box::new(move || {
+            place.offset.set(offset);
+            place.fixed.set(size);
+        }))
+    }
 }
 
 impl Raw {
     fn open(open: OpenImage) -> Result<Self> {
         let file = open.storage.size();
-        let size = open.raw_size.unwrap_or(0);
-        if open.raw_offset.checked_add(size).is_none_or(|end| end > file) {
-            let reason = Reason::RawRange { offset: open.raw_offset, size, file };
-            return Err(reason.error("open").on(&open.filename.to_string_lossy()));
-        }
+        Place::check(open.raw_offset, open.raw_size, file)
+            .map_err(|reason| reason.error("open").on(&open.filename.to_string_lossy()))?;
         let writable = Cell::new(open.writable);
-        let fixed = open.raw_size;
-        let storage = open.storage;
-        Ok(Self { core: open.core, storage, offset: open.raw_offset, fixed, writable })
+        let (offset, fixed) = (Cell::new(open.raw_offset), Cell::new(open.raw_size));
+        let place = Rc::new(Place { offset, fixed });
+        Ok(Self { core: open.core, storage: open.storage, place, writable })
+    }
+
+    fn offset(&self) -> u64 {
+        self.place.offset.get()
     }
 
     fn bytes(&self) -> u64 {
-        self.fixed.unwrap_or_else(|| self.storage.size().saturating_sub(self.offset))
+        let fixed = self.place.fixed.get();
+        fixed.unwrap_or_else(|| self.storage.size().saturating_sub(self.offset()))
     }
 
     /// Writes zeroes from `from` to `end` of the file, a piece at a time.
@@ -73,7 +125,7 @@ impl Raw {
         if range.end().bytes() > self.bytes() || range.is_empty() {
             return Err(Error::new(ErrorKind::OutOfRange, op).at(range.start.bytes()));
         }
-        Ok(HostOffset::new(self.offset + range.start.bytes()))
+        Ok(HostOffset::new(self.offset() + range.start.bytes()))
     }
 }
 
@@ -95,7 +147,8 @@ impl Format for Raw {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities::default()
+        let tuning = Tuning { storage: self.storage.clone(), place: Rc::clone(&self.place) };
+        Abilities { options: Some(Rc::new(tuning)), ..Abilities::default() }
     }
 
     fn data_storage(&self) -> &Storage {
@@ -104,7 +157,7 @@ impl Format for Raw {
 
     fn resolve(&self, range: GuestRange, extents: &mut Extents) -> Option<Lease> {
         extents.clear();
-        let host = HostOffset::new(self.offset).plus(range.start.bytes());
+        let host = HostOffset::new(self.offset()).plus(range.start.bytes());
         extents.push(Extent { len: range.len, mapping: Mapping::Data(host) });
         None
     }
@@ -149,13 +202,13 @@ impl Format for Raw {
     fn resize_with(&self, to: Resize) -> LocalFuture<'_, Result<()>> {
         let Resize { size, preallocation, .. } = to;
         Box::pin(async move {
-            if self.fixed.is_some() {
+            if self.place.fixed.get().is_some() {
                 return Err(Reason::RawFixed.error("resize").on(self.storage.name()));
             }
             if !self.writable.get() {
                 return Err(Error::new(ErrorKind::ReadOnly, "resize"));
             }
-            let Some(end) = self.offset.checked_add(size) else {
+            let Some(end) = self.offset().checked_add(size) else {
                 return Err(Error::new(ErrorKind::InvalidArgument, "resize"));
             };
             let old = self.storage.size();
@@ -240,7 +293,7 @@ impl Driver for RawDriver {
                 .map_err(|reason| Reason::Create(reason).error("create").on(storage.name()))?;
             storage.truncate(0).await?;
             let writable = Cell::new(true);
-            let raw = Raw { core, storage: storage.clone(), offset: 0, fixed: None, writable };
+            let raw = Raw { core, storage: storage.clone(), place: Rc::default(), writable };
             if create.size > 0 {
                 raw.resize_with(Resize { preallocation, ..Resize::to(create.size) }).await?;
             }

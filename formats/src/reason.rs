@@ -140,6 +140,13 @@ pub enum Reason {
     Bitmap(BitmapReason),
     /// A format does not have a backing reference.
     NoBackingSupport(&'static str),
+    /// A raw disk would begin outside its file.
+    RawOffset {
+        /// Where it would begin.
+        offset: u64,
+        /// Bytes of the file.
+        file: u64,
+    },
     /// The raw range lies outside the file.
     RawRange {
         /// Requested offset.
@@ -151,6 +158,10 @@ pub enum Reason {
     },
     /// The raw range has a fixed size.
     RawFixed,
+    /// A size of a raw disk that is no whole number of sectors.
+    RawSector,
+    /// Another image took the place of this one while it was another process's.
+    Replaced,
     /// A header reference with a protocol.
     ReferenceProtocol(String),
     /// A header reference outside the allowed folders.
@@ -221,7 +232,9 @@ impl Reason {
             | Self::Option(_)
             | Self::DataFile
             | Self::DataFileUnexpected
+            | Self::RawOffset { .. }
             | Self::RawRange { .. }
+            | Self::RawSector
             | Self::NotQcow2 => ErrorKind::InvalidArgument,
             Self::TableFull | Self::HeaderFull | Self::HeaderUnsafe | Self::RebuildRoom(..) => {
                 ErrorKind::NoSpace
@@ -303,6 +316,11 @@ impl Reason {
                  new one; use a shorter backing file name"
             }
             Self::RawFixed => "Cannot resize fixed-size raw disks",
+            Self::RawSector => "Specified size is not multiple of 512",
+            Self::Replaced => {
+                "The file holds another image than before: remove the node and add \
+                               it again"
+            }
             _ => return None,
         })
     }
@@ -361,6 +379,10 @@ impl Reason {
             Self::NoBackingSupport(driver) => {
                 write!(f, "Driver '{driver}' does not support backing files")
             }
+            Self::RawOffset { offset, file } => write!(
+                f,
+                "Offset ({offset}) cannot be greater than size of the containing file ({file})"
+            ),
             Self::RawRange { offset, size, file } => write!(
                 f,
                 "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \

@@ -25,7 +25,9 @@ use crate::fleecing::shows;
 use crate::job::Job;
 use crate::manager::JobManager;
 use crate::spec::{BackupSpec, SyncMode};
-use crate::start::{Body, HookSlot, Prepared, check_free, show_filter, use_bitmap, use_nodes};
+use crate::start::{
+    Body, HookSlot, Prepared, check_active, check_free, show_filter, use_bitmap, use_nodes,
+};
 use crate::txn::JobTxn;
 
 /// Starts a backup. When the future ends well, the point in time is in the past: every write
@@ -42,6 +44,7 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
     let bitmap = spec.more.bitmap.checked(spec.sync, &spec.source)?;
     spec.check()?;
     let manager = JobManager::of(spec.source.core());
+    check_active(&spec.source, "file")?;
     check_free(&manager, &spec.source, &spec.target)?;
     let (source, target) = (spec.source.size(), spec.target.size());
     if !(target == source || (spec.allow_larger_target && target > source)) {

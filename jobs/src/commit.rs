@@ -31,7 +31,7 @@ use crate::follow_error::FollowError;
 use crate::job::Job;
 use crate::manager::JobManager;
 use crate::spec::{CopyMode, JobOptions};
-use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
+use crate::start::{Body, HookSlot, LastStep, Prepared, check_active, show_filter};
 use crate::txn::JobTxn;
 
 /// A commit to be started.
@@ -125,6 +125,7 @@ pub async fn start_commit(spec: CommitSpec) -> Result<Rc<Job>> {
 pub(crate) async fn prepare_commit(spec: CommitSpec, txn: &Rc<JobTxn>) -> Result<Prepared> {
     spec.check()?;
     let nodes = spec.nodes()?;
+    check_active(&spec.device, "backing")?;
     if spec.is_active() {
         check_filter(&Graph::of(spec.top.core()), spec.filter_name.as_deref())?;
         return prepare_active(spec, nodes, txn).await;

@@ -22,7 +22,9 @@ use crate::lifecycle::Ending;
 use crate::limits::BUF_SIZE_MAX;
 use crate::manager::JobManager;
 use crate::spec::{MirrorSpec, SyncMode};
-use crate::start::{Body, HookSlot, Prepared, check_free, show_filter, use_bitmap, use_nodes};
+use crate::start::{
+    Body, HookSlot, Prepared, check_active, check_free, show_filter, use_bitmap, use_nodes,
+};
 use crate::txn::JobTxn;
 
 /// Starts a mirror.
@@ -39,6 +41,7 @@ pub(crate) fn prepare_mirror(spec: MirrorSpec, txn: &Rc<JobTxn>) -> Result<Prepa
     let granularity = spec.check()?;
     let bitmap = spec.more.bitmap.checked(spec.sync, &spec.source)?;
     let manager = JobManager::of(spec.source.core());
+    check_active(&spec.source, "backing")?;
     check_free(&manager, &spec.source, &spec.target)?;
     let job = manager.create(Kind::Mirror, spec.job.clone(), txn)?;
     job.set_nodes(spec.source.id(), spec.target.id());

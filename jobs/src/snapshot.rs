@@ -14,7 +14,7 @@ use std::rc::Rc;
 
 use liveblk_engine::executor::Core;
 use liveblk_engine::format::{BackingRef, CreateImage};
-use liveblk_engine::graph::{BackingSource, FileSource, FileSpec, Graph, OpenNode};
+use liveblk_engine::graph::{BackingSource, FileSource, FileSpec, Graph, GraphError, OpenNode};
 use liveblk_engine::node::{Node, NodeId, Permissions, User};
 use liveblk_engine::storage::{self, File, FileOptions, LockRequest, Storage};
 use liveblk_engine::{Error, ErrorKind};
@@ -143,6 +143,12 @@ pub(crate) async fn prepare_file(core: &Core, spec: SnapshotFile) -> Result<Prep
 
 /// Refuses a node that somebody would go on writing below the overlay.
 fn check_base(core: &Core, base: &Rc<Node>) -> Result<()> {
+    if !base.is_active() {
+        let (child, parent) = (base.name().to_string(), "the overlay".to_owned());
+        return Err(
+            Error::from(GraphError::InactiveChild { child, edge: "backing", parent }).into()
+        );
+    }
     let manager = JobManager::of(core);
     let busy = |kind: &'static str| JobError::BusyWithJob { node: (*base.name()).into(), kind };
     let id = base.id();
@@ -179,6 +185,9 @@ fn stays_below(manager: &JobManager, base: &Rc<Node>) -> Option<&'static str> {
 }
 
 fn check_overlay(core: &Core, overlay: &Rc<Node>) -> Result<()> {
+    if !overlay.is_active() {
+        return Err(Error::from(GraphError::InactivePermission("write")).into());
+    }
     let reads = |permissions: &Permissions| permissions.perm & Permissions::CONSISTENT_READ != 0;
     if overlay.uses().iter().any(|(_, permissions)| reads(permissions)) {
         return Err(SnapshotError::OverlayInUse.into());

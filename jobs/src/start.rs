@@ -8,10 +8,11 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use liveblk_engine::Error;
 use liveblk_engine::executor::Class;
 use liveblk_engine::executor::sync::{Either, select};
 use liveblk_engine::format::LocalFuture;
-use liveblk_engine::graph::{BeforeSwap, CutPart, Graph, Swap, cut};
+use liveblk_engine::graph::{BeforeSwap, CutPart, Graph, GraphError, Swap, cut};
 use liveblk_engine::node::{HookId, Node, NodeId, Origin, Permissions, Role, User, WriteHook};
 
 use crate::bitmap_use::BitmapUse;
@@ -329,6 +330,15 @@ pub(crate) fn show_filter(kind: Kind, copy: &Rc<Copy>, name: Option<&str>) -> Re
             Err(error)
         }
     }
+}
+
+/// Refuses to copy from an image that is another process's.
+pub(crate) fn check_active(source: &Node, edge: &'static str) -> Result<()> {
+    if source.is_active() {
+        return Ok(());
+    }
+    let (child, parent) = (source.name().to_string(), "#block000".to_owned());
+    Err(Error::from(GraphError::InactiveChild { child, edge, parent }).into())
 }
 
 /// Refuses jobs whose nodes other jobs have in a way that excludes them.

@@ -25,7 +25,7 @@ use crate::job::Job;
 use crate::limits::SECTION_GRANULE_MIN;
 use crate::manager::JobManager;
 use crate::spec::JobOptions;
-use crate::start::{Body, HookSlot, LastStep, Prepared, show_filter};
+use crate::start::{Body, HookSlot, LastStep, Prepared, check_active, show_filter};
 use crate::txn::JobTxn;
 
 /// Down to where a stream copies.
@@ -91,6 +91,7 @@ pub async fn start_stream(spec: StreamSpec) -> Result<Rc<Job>> {
 /// All of a start that comes before the job's task runs.
 pub(crate) async fn prepare_stream(spec: StreamSpec, txn: &Rc<JobTxn>) -> Result<Prepared> {
     let nodes = section_of(&spec)?;
+    check_active(&spec.node, "file")?;
     let manager = JobManager::of(spec.node.core());
     check_section(&manager, &nodes)?;
     let job = manager.create(Kind::Stream, spec.job.clone(), txn)?;

@@ -174,3 +174,48 @@ async def inactive(world):
 @case("pair", timeout=120)
 async def nodes_are_given_up_and_taken_back_as_by_the_peer(world):
     await compared(world, inactive, "blockdev-set-active")
+
+
+@case("ours")
+async def the_file_of_an_image_is_not_exchanged_under_it(world):
+    # The peer takes another file and goes on with the tables of the first one.
+    d = await world.daemon()
+    await open_chain(world, d)
+    before = await state(d)
+    for file in ("xf", "x"):
+        _, desc = await d.refused("blockdev-reopen", options=[dict(qcow2("c", "b"), file=file)])
+        assert desc == "Cannot change the option 'file'", desc
+    assert await state(d) == before
+
+
+async def bitmaps(d, node):
+    rows = await d.cmd("query-named-block-nodes", flat=True, recorded=False)
+    (row,) = [row for row in rows if row["node-name"] == node]
+    return sorted([b["name"], b["count"], b["recording"]] for b in row.get("dirty-bitmaps", []))
+
+
+@case("ours")
+async def bitmaps_are_those_that_the_file_holds_when_a_node_is_activated(world):
+    # The peer cannot activate a node that was added inactive and holds a bitmap.
+    path = await images.create(world.path("a.qcow2"), 4 * MIB)
+    await images.tool("qemu-img", "bitmap", "--add", path, "old")
+    d = await world.daemon()
+    file = {"driver": "file", "filename": path}
+    await d.cmd("blockdev-add", driver="qcow2", node_name="a", file=file, active=False)
+    assert await bitmaps(d, "a") == []
+    await images.tool("qemu-io", "-c", "write -P 1 0 64k", path)
+    await d.cmd("blockdev-set-active", node_name="a", active=True)
+    assert await bitmaps(d, "a") == [["old", 65536, True]]
+    for turn in (1, 2):
+        await d.cmd("blockdev-set-active", node_name="a", active=False)
+        await images.tool("qemu-img", "bitmap", "--add", path, f"new{turn}")
+        await images.tool("qemu-io", "-c", f"write -P 2 {turn}M 64k", path)
+        await d.cmd("blockdev-set-active", node_name="a", active=True)
+        found = await bitmaps(d, "a")
+        assert ["old", (turn + 1) * 65536, True] in found, found
+        assert [f"new{turn}", 65536, True] in found, found
+    uri = await d.export("a")
+    await images.tool("qemu-io", "-f", "raw", "-c", "write -P 3 3M 64k", uri)
+    assert ["old", 4 * 65536, True] in await bitmaps(d, "a")
+    await d.quit()
+    await images.check(path)

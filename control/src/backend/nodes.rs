@@ -121,10 +121,6 @@ pub(super) fn settle(
     // Formats send discards only where they may, so a child of one passes them on.
     let default = if parent.root { Discard::Ignore } else { Discard::Unmap };
     let discard_unmap = node.discard.unwrap_or(default) == Discard::Unmap;
-    if node.active == Some(false) {
-        let desc = "Nodes cannot be added inactive: use blockdev-set-active";
-        return Err(Failure::generic(desc));
-    }
     if own.force_share && !own.read_only {
         return Err(Failure::generic("force-share=on can only be used with read-only images"));
     }
@@ -172,6 +168,7 @@ fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
     };
     open.name = options.node.node_name;
     open.writable = !own.read_only;
+    open.active = options.node.active.unwrap_or(true);
     open.auto_read_only |= own.auto_read_only;
     open.force_share |= own.force_share;
     open.options = node_options;
@@ -180,17 +177,22 @@ fn image(options: BlockdevOptions, parent: Inherited) -> Result<OpenNode> {
 }
 
 fn raw_image(raw: RawOptions, own: Inherited) -> Result<OpenNode> {
+    let mut open = OpenNode::new("raw", "");
+    (open.raw_offset, open.raw_size) = place_of(&raw)?;
+    place(&mut open, raw.file, own)?;
+    open.backing = BackingSource::None;
+    Ok(open)
+}
+
+/// The first byte of a raw disk in its file, and how many it has if that was said.
+pub(super) fn place_of(raw: &RawOptions) -> Result<(u64, Option<u64>)> {
     let positive = |name: &str, value: i64| {
         u64::try_from(value).map_err(|_| {
             Failure::generic(format!("Value '{value}' is out of range for parameter '{name}'"))
         })
     };
-    let mut open = OpenNode::new("raw", "");
-    open.raw_offset = raw.offset.map_or(Ok(0), |offset| positive("offset", offset))?;
-    open.raw_size = raw.size.map(|size| positive("size", size)).transpose()?;
-    place(&mut open, raw.file, own)?;
-    open.backing = BackingSource::None;
-    Ok(open)
+    let offset = raw.offset.map_or(Ok(0), |offset| positive("offset", offset))?;
+    Ok((offset, raw.size.map(|size| positive("size", size)).transpose()?))
 }
 
 fn qcow2_image(qcow2: Qcow2Options, own: Inherited) -> Result<OpenNode> {
@@ -288,6 +290,7 @@ fn place(open: &mut OpenNode, file: BlockdevRef, own: Inherited) -> Result<()> {
     }
     let mut spec = file_spec(file, child)?;
     spec.name = definition.node.node_name;
+    spec.inactive = definition.node.active == Some(false);
     spec.options = Some(child_options);
     open.auto_read_only = child.auto_read_only && own.auto_read_only;
     open.force_share = child.force_share;

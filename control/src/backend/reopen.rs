@@ -5,14 +5,14 @@
 
 use std::rc::Rc;
 
-use liveblk_engine::format::FormatOptions;
-use liveblk_engine::graph::{NewBacking, Reopen};
-use liveblk_engine::node::Node;
+use liveblk_engine::format::{FormatOptions, InfoValue};
+use liveblk_engine::graph::{GraphError, NewBacking, Reopen};
+use liveblk_engine::node::{Node, User};
 use liveblk_jobs::limits::CUT_WAIT_NS;
 
 use super::control::{Control, Result};
 use super::errors::Failure;
-use super::nodes::{Inherited, qcow2_options, settle};
+use super::nodes::{Inherited, place_of, qcow2_options, settle};
 use crate::schema::{
     BlockdevOptions, BlockdevRef, DriverOptions, FileOptions, Qcow2Options, RawOptions, SetActive,
 };
@@ -41,6 +41,10 @@ impl Control {
         list: &mut Vec<Reopen>,
     ) -> Result<()> {
         let (own, node_options) = settle(&options, parent)?;
+        // As the peer: blockdev-set-active does it, and nothing of an inactive image changes.
+        if !node.is_active() || options.node.active == Some(false) {
+            return Err(Failure::generic("Option 'active' cannot be reset to its default value"));
+        }
         let gives_backing =
             matches!(&options.driver, DriverOptions::Qcow2(qcow2) if qcow2.backing.is_some());
         if node.has_backing() && !gives_backing {
@@ -64,7 +68,8 @@ impl Control {
             }
             DriverOptions::Raw(raw) => {
                 require(node, "raw")?;
-                self.raw(node, raw, own, list)?;
+                change.format_options = raw_options(node, &raw)?;
+                self.same_child(node.file(), raw.file, "file", own, list)?;
             }
             DriverOptions::CopyBeforeWrite(_) | DriverOptions::SnapshotAccess(_) => {
                 let desc = "Filters cannot be reopened: remove the node and add it again";
@@ -78,22 +83,6 @@ impl Control {
         }
         list.push(change);
         Ok(())
-    }
-
-    fn raw(
-        &self,
-        node: &Rc<Node>,
-        raw: RawOptions,
-        own: Inherited,
-        list: &mut Vec<Reopen>,
-    ) -> Result<()> {
-        if raw.offset.is_some_and(|offset| offset != 0) {
-            return Err(fixed("offset"));
-        }
-        if raw.size.is_some() {
-            return Err(fixed("size"));
-        }
-        self.same_child(node.file(), raw.file, "file", own, list)
     }
 
     fn qcow2(
@@ -194,6 +183,36 @@ impl Control {
 
 fn require(node: &Node, driver: &str) -> Result<()> {
     if node.driver() == driver { Ok(()) } else { Err(fixed("driver")) }
+}
+
+/// Where a raw disk lies in its file; what a job has of it stays where it is.
+fn raw_options(node: &Node, raw: &RawOptions) -> Result<FormatOptions> {
+    let (offset, size) = place_of(raw)?;
+    let mut options = FormatOptions::new();
+    options.insert("offset".to_owned(), InfoValue::Number(offset));
+    options.extend(size.map(|bytes| ("size".to_owned(), InfoValue::Number(bytes))));
+    let file = node.file().map_or(0, |file| file.size());
+    let stays = offset == 0 && size.unwrap_or(file) == node.size();
+    let job = node.users().into_iter().find_map(|user| match user {
+        User::Job { kind, .. } => Some(kind.to_owned()),
+        _ => None,
+    });
+    let overlay = node.users().into_iter().find_map(|user| match user {
+        User::Overlay { node } => Some(node.to_string()),
+        _ => None,
+    });
+    let name = node.name().to_string();
+    match (job, overlay) {
+        (_, Some(parent)) if !stays => {
+            let refusal = GraphError::BusyAsChild { node: name, edge: "backing", parent };
+            Err(liveblk_engine::Error::from(refusal).into())
+        }
+        (Some(kind), None) if !stays => {
+            let refusal = GraphError::BusyWithJob { node: name, kind };
+            Err(liveblk_engine::Error::from(refusal).into())
+        }
+        _ => Ok(options),
+    }
 }
 
 fn check_file(node: &Node, file: &FileOptions) -> Result<()> {

@@ -149,6 +149,9 @@ fn check_resize(jobs: &JobManager, node: &Rc<Node>, size: u64) -> Result<()> {
         let with = Permissions { perm: Permissions::RESIZE, shared: Permissions::ALL };
         drop(Node::use_by(node, User::Guest { name: "".into() }, with)?);
     }
+    if !node.is_active() {
+        return Err(refusal(GraphError::InactivePermission("resize")));
+    }
     if !node.is_writable() {
         return Err(refusal(GraphError::ReadOnly));
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::error::GraphError;
-use super::open::{FileSpec, OpenNode, Seen};
+use super::open::{FileSpec, OpenNode, Seen, check_active};
 use super::registry::{Graph, GraphConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{BackingRef, DataSource};
@@ -50,6 +50,7 @@ impl Graph {
                 if node.driver() != "file" {
                     return Err(GraphError::NotAFile(name).into());
                 }
+                check_active(&node, "data-file", spec)?;
                 if spec.writable && !node.is_writable() {
                     return Err(GraphError::ReadOnly.into());
                 }

@@ -93,6 +93,17 @@ pub enum GraphError {
     ActiveParent,
     /// Somebody has the node.
     CannotInactivate,
+    /// An inactive node cannot be below an active one.
+    InactiveChild {
+        /// The inactive node.
+        child: String,
+        /// What it would be of its parent ("file", "backing").
+        edge: &'static str,
+        /// The active node, or who else.
+        parent: String,
+    },
+    /// An inactive node gives nobody this permission.
+    InactivePermission(&'static str),
     /// What lies below the node was changed by a commit.
     Stale(String),
     /// Requests did not end within the deadline.
@@ -182,6 +193,12 @@ impl GraphError {
             }
             Self::ActiveParent => f.write_str("Node has active parent node"),
             Self::CannotInactivate => f.write_str("Operation not permitted"),
+            Self::InactiveChild { child, edge, parent } => {
+                write!(f, "Inactive '{child}' can't be a {edge} child of active '{parent}'")
+            }
+            Self::InactivePermission(name) => {
+                write!(f, "Permission '{name}' unavailable on inactive node")
+            }
             Self::Stale(name) => write!(
                 f,
                 "Node '{name}' cannot be used any more: a commit changed what lies below it"
@@ -214,6 +231,8 @@ impl From<GraphError> for Error {
             | GraphError::ReadWriteUsers(_)
             | GraphError::ActiveParent
             | GraphError::CannotInactivate
+            | GraphError::InactiveChild { .. }
+            | GraphError::InactivePermission(_)
             | GraphError::NotMonitorOwned(_) => ErrorKind::Busy,
             GraphError::NotIdle { .. } => ErrorKind::TimedOut,
             GraphError::Open { .. } | GraphError::Backing { .. } => ErrorKind::Io(libc::EIO),

@@ -17,7 +17,7 @@ use crate::format::{
 };
 use crate::limits::CHAIN_DEPTH;
 use crate::node::{
-    LoadedBitmap, Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard,
+    LoadedBitmap, Node, NodeOptions, NodeParts, Permissions, Plain, User, UserGuard, load_bitmaps,
 };
 use crate::storage::{File, FileOptions, LockRequest, Storage};
 
@@ -36,6 +36,8 @@ pub struct FileSpec {
     pub no_locking: bool,
     /// Options of the protocol node; those of the node above if absent.
     pub options: Option<NodeOptions>,
+    /// Was asked to be inactive by itself, which only a file of an inactive node can be.
+    pub inactive: bool,
 }
 
 /// What holds an image.
@@ -77,6 +79,9 @@ pub struct OpenNode {
     pub backing: BackingSource,
     /// Open for writing.
     pub writable: bool,
+    /// In use from the start; otherwise the image is another process's until it is activated, and
+    /// what is opened below with it, too.
+    pub active: bool,
     /// Fall back to read-only if the file cannot be opened for writing.
     pub auto_read_only: bool,
     /// For a read-only node: let others write the file meanwhile.
@@ -109,6 +114,7 @@ impl OpenNode {
             data_file: DataFileSource::FromHeader,
             backing: BackingSource::FromHeader,
             writable: true,
+            active: true,
             auto_read_only: false,
             force_share: false,
             options: NodeOptions::default(),
@@ -145,6 +151,8 @@ struct Level {
     /// The dirty bitmaps that the file holds.
     bitmaps: Vec<LoadedBitmap>,
     filename: PathBuf,
+    /// Whether it is to take writes, now or once it is active.
+    asked_writable: bool,
 }
 
 /// Files seen so far, to find loops.
@@ -207,10 +215,14 @@ impl Graph {
             match backing {
                 BackingSource::None => {}
                 BackingSource::Node(name) => {
-                    let found = self.find(&name);
-                    return found.map(Some).map_err(|_| GraphError::BackingNotFound(name).into());
+                    let found = self.find(&name).map_err(|_| GraphError::BackingNotFound(name))?;
+                    check_active(&found, "backing", &writable_top)?;
+                    return Ok(Some(found));
                 }
-                BackingSource::Open(spec) => next = Some(OpenNode { writable: false, ..*spec }),
+                BackingSource::Open(spec) => {
+                    let active = spec.active && writable_top.active;
+                    next = Some(OpenNode { writable: false, active, ..*spec });
+                }
                 BackingSource::FromHeader => {
                     if let Some(reference) = reference {
                         let found = match self.known_reference(&image, &reference) {
@@ -243,6 +255,7 @@ impl Graph {
             ..FileSpec::default()
         });
         spec.writable = false;
+        spec.active = overlay.active;
         spec.force_share = overlay.force_share;
         spec.bitmaps = overlay.bitmaps;
         spec.options = overlay.options;
@@ -277,6 +290,9 @@ impl Graph {
         seen: &mut Seen,
     ) -> Result<Level> {
         let protocol = spec.driver == "file";
+        let asked_writable = spec.writable;
+        // Until it is activated nothing is written.
+        spec.writable &= spec.active;
         let driver = config.formats.find(&spec.driver);
         if !protocol && driver.is_none() {
             return Err(GraphError::UnknownDriver(spec.driver).into());
@@ -298,8 +314,13 @@ impl Graph {
         }
         match opened {
             Ok((name, format)) => {
-                let bitmaps = if spec.bitmaps { load_bitmaps(&format).await } else { Vec::new() };
-                Ok(Level { spec, name, file, data, format, bitmaps, filename })
+                let loads = spec.bitmaps && spec.active;
+                let bitmaps = if loads { load_bitmaps(&format).await } else { Vec::new() };
+                let files = file.iter().chain(&data).filter(|file| !file.is_monitor_owned());
+                for file in files.filter(|_| !spec.active) {
+                    file.begin_inactive(asked_writable);
+                }
+                Ok(Level { spec, name, file, data, format, bitmaps, filename, asked_writable })
             }
             Err(error) => {
                 for file in file.iter().chain(&data) {
@@ -361,6 +382,7 @@ impl Graph {
                 if node.driver() != "file" {
                     return Err(GraphError::NotAFile(name).into());
                 }
+                check_active(&node, "file", spec)?;
                 if spec.writable && !node.is_writable() {
                     return Err(GraphError::ReadOnly.into());
                 }
@@ -371,6 +393,10 @@ impl Graph {
                 Ok((Some(node), storage, filename))
             }
             FileSource::Open(file_spec) => {
+                if file_spec.inactive && spec.active {
+                    let child = file_spec.name.unwrap_or_default();
+                    return Err(inactive_child(child, "file", spec));
+                }
                 let file = self.open_file(&file_spec, spec).await?;
                 if seen.contains(&file.identity()) {
                     return Err(GraphError::Loop(file.name().into()).into());
@@ -427,6 +453,7 @@ impl Graph {
     pub(super) async fn lock_for(&self, storage: &Storage, spec: &OpenNode) -> Result<()> {
         let Storage::File(file) = storage else { return Ok(()) };
         let request = match (spec.writable, spec.driver.as_str()) {
+            _ if !spec.active => return Ok(()),
             (true, _) => LockRequest::Write,
             (false, _) if spec.force_share => LockRequest::ReadShared,
             (false, "file" | "raw") => LockRequest::ReadShared,
@@ -522,32 +549,15 @@ impl Graph {
             view: None,
         };
         let node = Node::new(self.core(), parts);
-        node.adopt_bitmaps(level.bitmaps);
+        if level.spec.bitmaps {
+            node.adopt_bitmaps(level.bitmaps);
+        }
+        if !level.spec.active {
+            node.begin_inactive(level.asked_writable);
+        }
         self.insert(&node, uses);
         node
     }
-}
-
-/// The bitmaps that an image holds. One that cannot be read is inconsistent: it keeps nobody from
-/// the disk.
-async fn load_bitmaps(format: &Rc<dyn Format>) -> Vec<LoadedBitmap> {
-    let Some(file) = format.abilities().bitmaps else { return Vec::new() };
-    let mut loaded = Vec::new();
-    for info in file.list() {
-        let bits = match info.inconsistent {
-            true => None,
-            false => match file.load(&info.name).await {
-                Ok(bits) => Some(bits),
-                Err(error) => {
-                    tracing::warn!(bitmap = info.name, %error, "a bitmap cannot be read");
-                    None
-                }
-            },
-        };
-        let (name, granularity, enabled) = (info.name, info.granularity, info.enabled);
-        loaded.push(LoadedBitmap { name, granularity, enabled, bits });
-    }
-    loaded
 }
 
 /// What the disk of `image` was at a snapshot; `image` is closed if that cannot be shown.
@@ -568,6 +578,19 @@ async fn snapshot_view(
         let _ = image.close().await;
     }
     view
+}
+
+/// Refuses an inactive node below an active one.
+pub(super) fn check_active(child: &Node, edge: &'static str, parent: &OpenNode) -> Result<()> {
+    if child.is_active() || !parent.active {
+        return Ok(());
+    }
+    Err(inactive_child(child.name().to_string(), edge, parent))
+}
+
+fn inactive_child(child: String, edge: &'static str, parent: &OpenNode) -> Error {
+    let parent = parent.name.clone().unwrap_or_default();
+    GraphError::InactiveChild { child, edge, parent }.into()
 }
 
 fn spec_file(spec: &OpenNode) -> String {

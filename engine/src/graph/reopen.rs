@@ -70,6 +70,7 @@ impl Graph {
         let old: Vec<Rc<Node>> = list.iter().filter_map(|change| change.node.backing()).collect();
         let settled: Vec<_> =
             list.iter().map(|change| (Rc::clone(&change.node), change.options)).collect();
+        let resized: Vec<_> = list.iter().map(|change| Rc::clone(&change.node)).collect();
         let nodes = self.with_everything_above(list.iter().map(|change| &change.node));
         let before = move |graph: Rc<Self>| -> LocalFuture<'static, Result<()>> {
             Box::pin(async move { graph.change_all(&list).await })
@@ -80,6 +81,10 @@ impl Graph {
             }
             for commit in commits {
                 commit();
+            }
+            // A raw disk may lie elsewhere in its file now.
+            for node in resized {
+                node.fit_bitmaps();
             }
         };
         let part = CutPart {

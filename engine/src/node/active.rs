@@ -2,8 +2,13 @@
 //!
 //! Order of inactivation, in a cut of the node: flush; the format stores what it keeps in memory
 //! and becomes read-only; the locks on the files are given up. Activation takes the locks first;
-//! then the format looks at the file again, because another process may have changed it.
+//! then the format looks at the file again, because another process may have changed it, and the
+//! bitmaps that the file holds take the place of those that it held before.
+//!
+//! A node may also begin inactive: its file is opened for reading and without a lock, and nothing
+//! is written to it. Files that were opened for it are inactive with it.
 
+use super::bitmap_verbs::load_bitmaps;
 use super::object::Node;
 use crate::error::Result;
 use crate::storage::{LockRequest, Storage};
@@ -19,6 +24,12 @@ impl Node {
         self.asked_writable.get()
     }
 
+    /// The node was opened inactive; `writable` is what its users ask for. Before anybody uses it.
+    pub(crate) fn begin_inactive(&self, writable: bool) {
+        self.asked_writable.set(writable);
+        self.inactive.set(true);
+    }
+
     /// Gives the image up until [`Node::activate`]. Only inside a cut of this node.
     ///
     /// # Errors
@@ -31,6 +42,10 @@ impl Node {
         let stopped = self.set_writable(false).await;
         self.asked_writable.set(asked);
         stopped?;
+        if self.takes_bitmaps.get() {
+            // The bits in memory are not those of the file any more.
+            self.format().set_writable(false).await?;
+        }
         self.lock_all(LockRequest::None).await?;
         self.inactive.set(true);
         Ok(())
@@ -51,13 +66,23 @@ impl Node {
             false if self.is_protocol() || self.cluster_size() == 1 => {
                 self.lock_all(LockRequest::ReadShared).await
             }
-            false => self.lock_all(LockRequest::ReadStable).await,
+            false => match self.lock_all(LockRequest::ReadStable).await {
+                Ok(()) => self.format().set_writable(false).await,
+                refused => refused,
+            },
         };
         self.asked_writable.set(asked);
-        if started.is_ok() {
-            self.inactive.set(false);
+        if let Err(error) = started {
+            // The error is what counts; a lock too much only keeps others out.
+            let _ = self.lock_all(LockRequest::None).await;
+            return Err(error);
         }
-        started
+        if self.takes_bitmaps.get() {
+            let loaded = load_bitmaps(self.format()).await;
+            self.renew_bitmaps(loaded);
+        }
+        self.inactive.set(false);
+        Ok(())
     }
 
     /// Other processes may have written the files.

@@ -17,7 +17,7 @@ use super::bitmaps::{BitmapAccess, BitmapFacts, LoadedBitmap, NewBitmap, NodeBit
 use super::object::Node;
 use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::KeptBitmap;
+use crate::format::{Format, KeptBitmap};
 use crate::limits::{BITMAP_GRANULARITY_MAX, BITMAP_NAME_MAX};
 
 /// The bits of one or more bitmaps, to be added to a bitmap.
@@ -301,6 +301,7 @@ impl Node {
 
     /// Takes over the bitmaps that the image file holds; before anybody uses the node.
     pub(crate) fn adopt_bitmaps(&self, loaded: Vec<LoadedBitmap>) {
+        self.takes_bitmaps.set(true);
         let Some(file) = self.format().abilities().bitmaps else { return };
         for loaded in loaded {
             let trusted = loaded.bits.is_some();
@@ -311,4 +312,37 @@ impl Node {
             self.bitmaps.insert(bitmap);
         }
     }
+
+    /// The same after the file was another process's for a while: what it holds now takes the place
+    /// of what it held before. Only inside a cut.
+    pub(super) fn renew_bitmaps(&self, loaded: Vec<LoadedBitmap>) {
+        let old = self.bitmaps.remove_persistent();
+        let follow: Vec<_> = old.iter().filter(|old| old.follows()).map(|old| old.name()).collect();
+        self.adopt_bitmaps(loaded);
+        for bitmap in follow.iter().filter_map(|name| self.bitmaps.find(name)) {
+            bitmap.set_follow(true);
+        }
+    }
+}
+
+/// The bitmaps that an image holds. One that cannot be read is inconsistent: it keeps nobody from
+/// the disk.
+pub(crate) async fn load_bitmaps(format: &Rc<dyn Format>) -> Vec<LoadedBitmap> {
+    let Some(file) = format.abilities().bitmaps else { return Vec::new() };
+    let mut loaded = Vec::new();
+    for info in file.list() {
+        let bits = match info.inconsistent {
+            true => None,
+            false => match file.load(&info.name).await {
+                Ok(bits) => Some(bits),
+                Err(error) => {
+                    tracing::warn!(bitmap = info.name, %error, "a bitmap cannot be read");
+                    None
+                }
+            },
+        };
+        let (name, granularity, enabled) = (info.name, info.granularity, info.enabled);
+        loaded.push(LoadedBitmap { name, granularity, enabled, bits });
+    }
+    loaded
 }

@@ -216,6 +216,10 @@ impl NodeBitmap {
         state.changed = true;
     }
 
+    pub(super) fn set_follow(&self, follow: bool) {
+        self.state.borrow_mut().follow = follow;
+    }
+
     pub(super) fn set_persistent(&self, persistent: bool) {
         self.state.borrow_mut().persistent = persistent;
     }
@@ -368,6 +372,14 @@ impl NodeBitmaps {
 
     pub(super) fn remove(&self, bitmap: &Rc<NodeBitmap>) {
         self.0.borrow_mut().retain(|known| !Rc::ptr_eq(known, bitmap));
+    }
+
+    /// Takes out those that are kept in the file.
+    pub(super) fn remove_persistent(&self) -> Vec<Rc<NodeBitmap>> {
+        let list = std::mem::take(&mut *self.0.borrow_mut());
+        let (kept, rest) = list.into_iter().partition(|bitmap| bitmap.is_persistent());
+        *self.0.borrow_mut() = rest;
+        kept
     }
 
     /// A range was written, or may have been.

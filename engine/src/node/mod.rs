@@ -56,6 +56,7 @@ pub use users::{Conflict, Permissions, Role, User, UserGuard};
 pub use view::View;
 pub use writers::KeptWritable;
 
+pub(crate) use bitmap_verbs::load_bitmaps;
 pub(crate) use bitmaps::LoadedBitmap;
 pub(crate) use object::NodeParts;
 pub(crate) use path::Path;

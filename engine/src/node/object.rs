@@ -80,6 +80,8 @@ pub struct Node {
     pub(super) asked_writable: Cell<bool>,
     /// The image belongs to another process.
     pub(super) inactive: Cell<bool>,
+    /// The dirty bitmaps that the image holds are the node's.
+    pub(super) takes_bitmaps: Cell<bool>,
     /// Jobs that keep it writable.
     pub(super) writers: Cell<u32>,
     /// What lies below was changed: its content means nothing any more.
@@ -114,6 +116,7 @@ impl Node {
             monitor_owned: Cell::new(parts.monitor_owned),
             asked_writable: Cell::new(parts.writable),
             inactive: Cell::new(false),
+            takes_bitmaps: Cell::new(false),
             writers: Cell::new(0),
             stale: Cell::new(false),
             file: RefCell::new(parts.file),

@@ -40,4 +40,9 @@ impl Node {
         drop(claim);
         resized.map_err(|error| error.on(&self.name()))
     }
+
+    /// The dirty bitmaps are as large as the disk, whose size another way changed. Only in a cut.
+    pub(crate) fn fit_bitmaps(&self) {
+        self.bitmaps.resize(self.size());
+    }
 }

@@ -234,10 +234,28 @@ impl Node {
         user: User,
         permissions: Permissions,
     ) -> Result<UserGuard> {
+        node.check_active_for(&user, permissions)?;
         if let Some(conflict) = conflict(node, &user, permissions) {
             return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
         }
         Ok(node.users.insert(node, user, permissions))
+    }
+
+    /// An inactive image is written by another process: nobody here writes it, no job reads it.
+    fn check_active_for(&self, user: &User, permissions: Permissions) -> Result<()> {
+        if self.is_active() {
+            return Ok(());
+        }
+        if permissions.perm & Permissions::WRITE != 0 {
+            return Err(GraphError::InactivePermission("write").into());
+        }
+        match user {
+            User::Job { id, .. } => {
+                let (child, parent) = (self.name().to_string(), id.to_string());
+                Err(GraphError::InactiveChild { child, edge: "file", parent }.into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The same user with the same permissions at `node`. Only inside a cut of both nodes, where

@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 use super::object::Node;
 use crate::error::Result;
+use crate::graph::GraphError;
 
 /// Keeps a node writable; to be ended by [`KeptWritable::end`], or in the background when dropped.
 #[derive(Debug)]
@@ -22,6 +23,9 @@ impl Node {
     /// # Errors
     /// As [`Node::set_writable`]; the node is then what it was.
     pub async fn keep_writable(self: &Rc<Self>) -> Result<KeptWritable> {
+        if !self.is_active() {
+            return Err(GraphError::InactivePermission("write").into());
+        }
         self.writers.set(self.writers.get() + 1);
         let kept = KeptWritable { node: Some(Rc::clone(self)) };
         let asked = self.asked_writable.get();

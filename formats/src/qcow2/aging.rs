@@ -17,7 +17,7 @@ const NANOS: u64 = 1_000_000_000;
 impl Image {
     /// Sees to it that what was just loaded is forgotten some day.
     pub(super) fn watch_age(&self) {
-        let seconds = self.options.cache_clean;
+        let (seconds, run) = (self.options.borrow().cache_clean, self.age_run.get());
         if seconds == 0 || self.aging.replace(true) {
             return;
         }
@@ -25,13 +25,22 @@ impl Image {
         drop(self.core.spawn(Class::Background, async move {
             loop {
                 core.sleep(seconds.saturating_mul(NANOS)).await;
-                let Some(image) = me.upgrade() else { return };
+                let Some(image) = me.upgrade().filter(|image| image.age_run.get() == run) else {
+                    return;
+                };
                 if Rc::clone(&image).forget_unused() {
                     image.aging.set(false);
                     return;
                 }
             }
         }));
+    }
+
+    /// The interval is another one from now on.
+    pub(super) fn watch_age_anew(&self) {
+        self.age_run.set(self.age_run.get() + 1);
+        self.aging.set(false);
+        self.watch_age();
     }
 
     /// Forgets what was not used since the last time; whether time alone will free nothing more.

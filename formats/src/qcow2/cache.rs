@@ -175,6 +175,20 @@ impl Cache {
         self.slots.len() < self.capacity
     }
 
+    /// Changes how many slices it holds at most. What is too much goes where it is clean and nobody
+    /// needs it, the rest when room is made.
+    pub(super) fn set_capacity(&mut self, capacity: usize, needed: impl Fn(u64) -> bool) {
+        self.capacity = capacity;
+        let mut at = 0;
+        while let Some(slot) = self.slots.get(at).filter(|_| self.slots.len() > capacity) {
+            if slot.state == State::Clean && !needed(slot.key) {
+                self.remove_at(at);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
     /// Evicts clean slices that nobody needs until one more fits; answers whether it does.
     pub(super) fn make_room(&mut self, needed: impl Fn(u64) -> bool) -> bool {
         let mut looked = 0;

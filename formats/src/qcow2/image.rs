@@ -42,7 +42,8 @@ pub(super) struct Image {
     pub(super) data: Option<Storage>,
     pub(super) filename: PathBuf,
     pub(super) geometry: Geometry,
-    pub(super) options: Options,
+    /// What `blockdev-reopen` can change of it.
+    pub(super) options: RefCell<Options>,
     pub(super) epochs: Rc<Epochs>,
     pub(super) state: RefCell<State>,
     /// Held while clusters are searched and tables are made. Taken before `tables`.
@@ -73,6 +74,8 @@ pub(super) struct Image {
     pub(super) views: Views,
     /// A task waits for cached tables to become old.
     pub(super) aging: Cell<bool>,
+    /// Counts changes of how long that is; a task of an earlier count ends.
+    pub(super) age_run: Cell<u64>,
 }
 
 /// The handle that the engine holds.
@@ -338,8 +341,15 @@ impl Format for Qcow2 {
 
 impl Image {
     async fn set_writable(self: Rc<Self>, writable: bool) -> Result<()> {
-        if self.state.borrow().writable == writable {
-            return Ok(());
+        let was = self.state.borrow().writable;
+        match (was, writable) {
+            (true, true) => return Ok(()),
+            (false, false) => {
+                // Nobody goes on with bits that he had before.
+                self.bitmaps.borrow_mut().list.clear();
+                return Rc::clone(&self).read_again().await;
+            }
+            (true, false) | (false, true) => {}
         }
         if !writable {
             // What could not be made durable must not be forgotten: asked again, it fails again.
@@ -354,13 +364,7 @@ impl Image {
         if self.state.borrow().header.dirty() {
             repair_dirty(&self.core, &self.storage).await?;
         }
-        // What was read while nothing could change is read again, and looked at more closely.
-        let name = self.filename.to_string_lossy();
-        let mut header = read_header(&self.core, &self.storage).await?;
-        header.geometry.slice_bits = self.geometry.slice_bits;
-        let state = load_state(&self.core, &self.storage, header, &self.options, &name).await?;
-        *self.state.borrow_mut() = state;
-        self.load_directory().await?;
+        Rc::clone(&self).read_again().await?;
         self.guard_snapshots().await;
         self.state.borrow_mut().writable = true;
         let result = match self.become_writable().await {
@@ -371,6 +375,20 @@ impl Image {
             self.state.borrow_mut().writable = false;
         }
         result
+    }
+
+    /// Reads again what was read while the file was another process's; nothing is in flight.
+    async fn read_again(self: Rc<Self>) -> Result<()> {
+        let name = self.filename.to_string_lossy();
+        let mut header = read_header(&self.core, &self.storage).await?;
+        header.geometry.slice_bits = self.geometry.slice_bits;
+        if header.geometry != self.geometry {
+            return Err(self.error(Reason::Replaced, "open"));
+        }
+        let options = self.options.borrow().clone();
+        let state = load_state(&self.core, &self.storage, header, &options, &name).await?;
+        *self.state.borrow_mut() = state;
+        self.load_directory().await
     }
 
     /// Clears the autoclear bits of what this version does not maintain: all but those of a raw

@@ -212,12 +212,13 @@ pub(super) fn assemble(
         mapped_ahead: Cell::new(None),
         views: Views::default(),
         aging: Cell::new(false),
+        age_run: Cell::new(0),
         core,
         storage,
         data,
         filename,
         geometry,
-        options,
+        options: RefCell::new(options),
         epochs: Epochs::new(),
         state: RefCell::new(state),
     });
@@ -302,8 +303,12 @@ pub(super) fn state_of(header: Header, tables: Tables, options: &Options) -> Sta
 }
 
 fn cache(bytes: u64, slice: u64) -> Cache {
-    let slices = usize::try_from(bytes / slice).unwrap_or(usize::MAX);
-    Cache::new(slices.max(CACHE_SLICES_MIN))
+    Cache::new(cache_slices(bytes, slice))
+}
+
+/// How many slices of `slice` bytes a cache of `bytes` has.
+pub(super) fn cache_slices(bytes: u64, slice: u64) -> usize {
+    usize::try_from(bytes / slice).unwrap_or(usize::MAX).max(CACHE_SLICES_MIN)
 }
 
 /// Which clusters hold metadata. Where two claim one cluster, the first keeps it and the use of the

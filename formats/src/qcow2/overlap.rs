@@ -45,7 +45,7 @@ impl Overlap {
     }
 
     /// Whether L2 tables of snapshots are guarded.
-    const fn guards_inactive_l2(self) -> bool {
+    pub(super) const fn guards_inactive_l2(self) -> bool {
         self.0 & 1 << 7 != 0
     }
 
@@ -69,7 +69,7 @@ impl Image {
     /// Learns which L2 tables belong to snapshots, if these are guarded. What cannot be read is not
     /// guarded: it is told where it is used.
     pub(super) async fn guard_snapshots(&self) {
-        if !self.options.overlap.guards_inactive_l2() {
+        if !self.options.borrow().overlap.guards_inactive_l2() {
             return;
         }
         let snapshots = self.state.borrow().snapshots.clone();

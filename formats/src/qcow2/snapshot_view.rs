@@ -99,9 +99,9 @@ impl Image {
         }
         let options = Options {
             room_ahead: false,
-            l2_cache: self.options.l2_cache.min(VIEW_CACHE_BYTES),
+            l2_cache: self.options.borrow().l2_cache.min(VIEW_CACHE_BYTES),
             refcount_cache: 0,
-            ..self.options.clone()
+            ..self.options.borrow().clone()
         };
         let size = self.storage.size();
         let tables = Tables::of(&header, l1, reftable, snapshots, size);

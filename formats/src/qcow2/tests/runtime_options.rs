@@ -423,3 +423,89 @@ fn options_that_cannot_be_are_refused_with_the_peers_texts() {
         image(&core, v2, &given).await.expect("what is off needs no version");
     });
 }
+
+/// Changes the options of an open image, as `blockdev-reopen` does.
+fn retune(disk: &Disk, given: &Given, discard_unmap: bool) {
+    let named = given.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
+    let options = disk.format.abilities().options.expect("qcow2 has some");
+    options.prepare(&named.collect(), discard_unmap).expect("they fit")();
+}
+
+#[test]
+fn where_freed_space_goes_changes_while_the_image_is_open() {
+    let passes = |on| flags(&[("pass-discard-request", on)]);
+    for (first, then, unmap, expected) in [
+        (passes(false), passes(true), false, true),
+        (passes(true), passes(false), true, false),
+        // What is not named gets its default, which follows the node's own option.
+        (passes(false), Given::new(), true, true),
+        (passes(true), Given::new(), false, false),
+    ] {
+        let later = then.clone();
+        let found = gives_back(first, move |disk| async move {
+            disk.write(0, &[1; 1 << 20]).await.unwrap();
+            retune(&disk, &later, unmap);
+            disk.zero(0, MIB, ZeroMode::Discard).await.unwrap();
+            disk.format.flush().await.unwrap();
+        });
+        assert_eq!(found, expected, "{then:?} {unmap}");
+    }
+}
+
+#[test]
+fn options_that_changed_stay_through_a_while_of_being_read_only() {
+    let found = gives_back(flags(&[("pass-discard-request", false)]), |disk| async move {
+        disk.write(0, &[1; 1 << 20]).await.unwrap();
+        retune(&disk, &flags(&[("pass-discard-request", true)]), false);
+        disk.format.set_writable(false).await.unwrap();
+        disk.format.set_writable(true).await.unwrap();
+        disk.zero(0, MIB, ZeroMode::Discard).await.unwrap();
+        disk.format.flush().await.unwrap();
+    });
+    assert!(found, "the option is lost");
+}
+
+#[test]
+fn caches_shrink_and_grow_under_writes() {
+    world(|core| async move {
+        let disk = image(&core, CreateOptions::new(1 << 33), &Given::new()).await.expect("opens");
+        let sizes = [1, 4 << 20, 64 << 10, 1, 32 << 20];
+        for (turn, bytes) in (0_u64..).zip(sizes) {
+            let size = InfoValue::Number(bytes);
+            let names = ["l2-cache-size", "refcount-cache-size"];
+            retune(&disk, &names.map(|name| (name, size.clone())).to_vec(), true);
+            // Each in a table of its own.
+            for table in 0..16_u64 {
+                let at = (table << 29) + turn * CLUSTER;
+                let byte = (16 * turn + table) as u8 + 1;
+                disk.write(at, &[byte; 4096]).await.unwrap();
+            }
+            for table in 0..16_u64 {
+                for earlier in 0..=turn {
+                    let at = (table << 29) + earlier * CLUSTER;
+                    let byte = (16 * earlier + table) as u8 + 1;
+                    assert_eq!(disk.read(at, 4096).await.unwrap(), [byte; 4096], "{turn} {table}");
+                }
+            }
+        }
+        disk.format.close().await.unwrap();
+        let report = check(&core, disk.format.data_storage()).await.expect("is checked");
+        assert!(report.is_clean(), "{:?}", report.problems);
+    });
+}
+
+#[test]
+fn another_image_in_the_place_of_one_that_was_given_away_is_refused() {
+    world(|core| async move {
+        let disk = plain(&core, &Given::new()).await;
+        disk.write(0, &[1; 4096]).await.unwrap();
+        disk.format.set_writable(false).await.unwrap();
+        let storage = disk.format.data_storage().clone();
+        let other = CreateOptions { cluster_size: 4096, ..CreateOptions::new(MIB) };
+        create(&core, &storage, other).await.expect("is created");
+        for writable in [false, true] {
+            let refused = disk.format.set_writable(writable).await.expect_err("is another one");
+            assert!(refused.to_string().contains("another image than before"), "{refused}");
+        }
+    });
+}
