@@ -38,7 +38,8 @@ class Run:
         self.files = []
         self.numbers = True
         self.partial = set()  # images that a cancelled job left half written
-        self.refused = set()  # ids of jobs whose last start was refused
+        self.started = set()  # ids of jobs that were started and whose end nobody waited for
+        self.refused = set()  # ids of jobs that were not started when they were to be
 
     def path(self, name):
         return self.world.path(name)
@@ -100,9 +101,12 @@ class Run:
         try:
             value = await self.d.cmd(command, arguments, recorded=recorded)
         except Refused:
-            self.refused.add(job)
+            if job not in self.started:
+                self.refused.add(job)
             return None
-        self.refused.discard(job)
+        if job is not None:
+            self.started.add(job)
+            self.refused.discard(job)
         return value
 
     async def export(self, node):
@@ -123,6 +127,7 @@ class Run:
         """Waits for the last event of a job, if it was started at all."""
         if job not in self.refused:
             await self.d.job_gone(job, since=since)
+            self.started.discard(job)
 
     async def status(self, status, job="j", since=0):
         await self.d.wait_event("JOB_STATUS_CHANGE", id=job, status=status, since=since)

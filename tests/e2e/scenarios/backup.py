@@ -1,6 +1,6 @@
 """blockdev-backup and drive-backup."""
 
-from rig.scenario import CLUSTER, MIB, SIZE, scenario
+from rig.scenario import CLUSTER, MIB, SIZE, SLOW, scenario
 
 
 async def pair(s, names="ab", size=SIZE, fmt="qcow2"):
@@ -120,7 +120,7 @@ async def bitmap_busy_and_cancelled(s):
     await s.write("b", (0x44, 0, 4 * MIB))
     await s.cmd("x-debug-block-dirty-bitmap-sha256", node="b", name="m")
     await s.job("blockdev-backup", device="b", target="t", sync="incremental", bitmap="m",
-                speed=MIB)
+                speed=SLOW)
     await s.cmd("block-dirty-bitmap-remove", node="b", name="m")
     await s.cmd("block-dirty-bitmap-clear", node="b", name="m")
     await s.cmd("block-dirty-bitmap-disable", node="b", name="m")
@@ -136,6 +136,7 @@ async def cancelled_while_paused(s):
     await pair(s)
     await s.job("blockdev-backup", device="b", target="t", sync="none")
     await s.cmd("job-pause", id="j")
+    await s.status("paused")
     await s.jobs()
     await s.cmd("block-job-cancel", device="j")
     await s.cmd("job-cancel", id="j")
@@ -197,7 +198,7 @@ async def two_backups_of_one_node(s):
     await pair(s)
     await s.image("u")
     await s.open("u")
-    await s.job("blockdev-backup", device="b", target="t", sync="full", speed=MIB)
+    await s.job("blockdev-backup", device="b", target="t", sync="full", speed=SLOW)
     await s.job("blockdev-backup", job="k", device="b", target="t", sync="full")
     await s.job("blockdev-backup", job="k", device="b", target="u", sync="full")
     await s.gone("k")
@@ -274,7 +275,7 @@ async def while_the_node_gets_a_snapshot(s):
     s.numbers = False
     await pair(s)
     await s.export("b")
-    await s.job("blockdev-backup", device="b", target="t", sync="full", speed=MIB)
+    await s.job("blockdev-backup", device="b", target="t", sync="full", speed=MIB // 4)
     await s.cmd("blockdev-snapshot-sync", node_name="b", snapshot_file=s.path("o.qcow2"),
                 snapshot_node_name="o")
     await s.cmd("block-job-cancel", device="j")

@@ -1,6 +1,6 @@
 """Snapshots, external and internal, and transactions of several kinds."""
 
-from rig.scenario import CLUSTER, MIB, scenario
+from rig.scenario import CLUSTER, MIB, SLOW, scenario
 
 
 @scenario
@@ -151,9 +151,9 @@ async def a_grouped_backup_cancelled_with_its_partner(s):
         await s.image(name, [(0x31, 0, 4 * MIB)] if len(name) == 1 else ())
         await s.open(name)
     slow = backup("a", "ta", "j")
-    slow["data"]["speed"] = MIB
+    slow["data"]["speed"] = SLOW
     slower = backup("b", "tb", "k")
-    slower["data"]["speed"] = MIB
+    slower["data"]["speed"] = SLOW
     await s.cmd("transaction", actions=[slow, slower], properties={"completion-mode": "grouped"})
     await s.cmd("block-job-cancel", device="j")
     await s.gone("j")
