@@ -57,6 +57,8 @@ pub(super) struct Survey<'a> {
     pub(super) snapshots_damaged: bool,
     /// A part of the tables could not be followed, so references may be missing.
     pub(super) incomplete: bool,
+    /// A table of the disk or of a snapshot lies behind the end of the file.
+    pub(super) behind: bool,
     /// Bytes of the snapshot table.
     pub(super) snapshot_bytes: u64,
     entries_left: u64,
@@ -96,6 +98,7 @@ impl<'a> Survey<'a> {
             rebuild: header.reftable_clusters == 0,
             snapshots_damaged: false,
             incomplete: false,
+            behind: false,
             snapshot_bytes: 0,
             entries_left: CHECK_ENTRIES_MAX,
         })
@@ -287,6 +290,7 @@ impl<'a> Survey<'a> {
         self.claim_fixed("L1 table", offset, entries * ENTRY_BYTES, times);
         if !self.is_inside(offset, entries * ENTRY_BYTES) {
             self.incomplete = true;
+            self.behind = true;
             return Ok(());
         }
         self.spend(entries)?;
@@ -341,6 +345,8 @@ impl<'a> Survey<'a> {
             }
         }
         if host >= self.storage.size() {
+            self.incomplete = true;
+            self.behind = true;
             return;
         }
         let uses = self.tables.entry(host).or_default();

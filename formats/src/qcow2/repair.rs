@@ -13,7 +13,9 @@
 //! No cluster that anything refers to is used for something new. Where a part of the tables cannot
 //! be followed, leaks are left alone: the lost part may have used them. Where the tables of the
 //! disk are behind the end of the file, or lie over other tables so that nobody knows whose bytes
-//! they are, nothing is changed.
+//! they are, nothing is changed. Nothing is written behind the end of a file either that lost a
+//! table there, of the disk or of a snapshot: the table would turn into zeroes, which mean
+//! "nothing is allocated".
 
 use liveblk_engine::Result;
 use liveblk_engine::buf::Buf;
@@ -121,7 +123,7 @@ async fn mend(mut survey: Survey<'_>, what: Repair) -> Result<()> {
 
 impl Survey<'_> {
     /// Whether tables of the disk lie behind the end, over each other, or over other metadata that
-    /// does not move.
+    /// does not move; or the file would have to grow over a table that it lost.
     fn lost_tables(&self) -> bool {
         let geometry = self.header.geometry;
         let first = geometry.host_cluster(self.header.l1_offset).0;
@@ -129,7 +131,9 @@ impl Survey<'_> {
         let inside = self.is_inside(self.header.l1_offset, bytes);
         let mut l1 = first..first + geometry.clusters(bytes);
         let mut tables = self.tables.iter().filter(|(_, uses)| uses.active > 0);
+        let grows = self.rebuild || self.snapshots_damaged;
         (bytes > 0 && !inside)
+            || (grows && self.behind)
             || l1.any(|cluster| self.fixed.at(cluster) != 1)
             || tables.any(|(host, _)| self.fixed.at(geometry.host_cluster(*host).0) != 0)
     }

@@ -39,6 +39,15 @@ const KINDS: [Shape; SHAPES.len()] = {
     kinds
 };
 
+/// Found by the fuzzer: changes of the specimen with a snapshot, after which a repair made a file
+/// grow over the part of a snapshot's L1 table that lay behind its end.
+const BEHIND_THE_END: [[u8; 12]; 4] = [
+    [0, 192, 10, 184, 184, 184, 184, 184, 61, 184, 184, 184],
+    [184, 176, 72, 71, 71, 68, 184, 184, 184, 184, 184, 184],
+    [184, 0, 0, 255, 2, 184, 61, 184, 184, 184, 184, 176],
+    [72, 71, 71, 68, 184, 184, 184, 184, 184, 184, 184, 0],
+];
+
 /// The file that an input stands for.
 fn image(specimens: &mut BTreeMap<usize, Rc<Memory>>, data: &[u8]) -> Rc<Memory> {
     let Some((kind, rest)) = data.split_first() else { return Memory::new(0) };
@@ -85,6 +94,7 @@ async fn check_repair(core: Core, memory: Rc<Memory>) {
 /// Seed inputs: each specimen whole, and with changes where its tables are.
 pub(super) fn corpus() -> Vec<Vec<u8>> {
     let mut all: Vec<Vec<u8>> = (0..KINDS.len()).map(|kind| vec![kind as u8]).collect();
+    all.push([&[6][..], BEHIND_THE_END.as_flattened()].concat());
     let mut rng = Rng::new(7);
     for round in 0..400_u64 {
         let kind = (round % KINDS.len() as u64) as u8;
