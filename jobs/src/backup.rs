@@ -18,6 +18,7 @@ use liveblk_engine::error::Result as EngineResult;
 use liveblk_engine::format::LocalFuture;
 use liveblk_engine::node::WriteHook;
 
+use crate::beside::{Seat, check_beside};
 use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Plan};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
@@ -26,7 +27,7 @@ use crate::job::Job;
 use crate::manager::JobManager;
 use crate::spec::{BackupSpec, SyncMode};
 use crate::start::{
-    Body, HookSlot, Prepared, check_active, check_free, show_filter, use_bitmap, use_nodes,
+    Body, HookSlot, Prepared, check_active, check_target, show_filter, use_bitmap, use_nodes,
 };
 use crate::txn::JobTxn;
 
@@ -45,13 +46,19 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
     spec.check()?;
     let manager = JobManager::of(spec.source.core());
     check_active(&spec.source, "file")?;
-    check_free(&manager, &spec.source, &spec.target)?;
+    let overlay = shows(&spec.target, &spec.source);
+    let whole = matches!(spec.sync, SyncMode::Full | SyncMode::None)
+        && spec.more.bitmap.name.is_none()
+        && !overlay;
+    check_beside(&manager, &spec.source, Kind::Backup, whole, txn)?;
+    check_target(&manager, &spec.target)?;
     let (source, target) = (spec.source.size(), spec.target.size());
     if !(target == source || (spec.allow_larger_target && target > source)) {
         return Err(JobError::SizesDifferBytes { source, target });
     }
     let job = manager.create(Kind::Backup, spec.job.clone(), txn)?;
     job.set_nodes(spec.source.id(), spec.target.id());
+    job.set_portable(whole);
     let hold = match use_nodes(&job, &spec.source, &spec.target) {
         Ok(hold) => hold,
         Err(error) => {
@@ -59,7 +66,6 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
             return Err(error);
         }
     };
-    let overlay = shows(&spec.target, &spec.source);
     if overlay {
         spec.target.watch_reads();
     }
@@ -89,8 +95,14 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
             begun.begin_with(&used, !by_bitmap);
         }));
     }
+    let seat = Seat::new(&copy, &slot);
+    copy.job().set_seat(&seat);
     let inner = Rc::clone(&copy);
-    let body: Body = Box::pin(async move { run(inner, spec).await.map(|()| None) });
+    let body: Body = Box::pin(async move {
+        let ended = run(inner, spec).await;
+        drop(seat);
+        ended.map(|()| None)
+    });
     Ok(Prepared { copy, slot, body, opened: None })
 }
 

@@ -4,12 +4,12 @@
 //! When an active commit ends well its base shows what its top did, at one instant: the cut of the
 //! end. So jobs that copy all of the top go on at the base, in that cut: their hooks, their uses and
 //! their filters move, guests' next writes meet them there. Whoever copies only a layer, or by a
-//! bitmap of the top, or shows the top below its target, cannot: the top is gone then.
+//! bitmap of the top, or shows the top below its target, cannot: the top means nothing then.
 //!
 //! Rules: (1) moves are memory only; (2) the top is closed after the reads of it that began before
 //! the cut have ended; (3) a mirror that ends first takes the guests, and the commit then brings to
-//! the base what they left; (4) both never end in one cut: a group of the two is refused; (5) a base
-//! larger than its top is another disk, so nobody moves there.
+//! the base what they left; (4) both never end in one cut: a group of the two is refused; (5) a
+//! base larger than its top is another disk, so nobody moves there.
 
 use std::rc::Rc;
 

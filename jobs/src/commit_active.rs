@@ -14,7 +14,8 @@ use liveblk_engine::graph::Graph;
 use liveblk_engine::node::{Node, WriteHook};
 
 use crate::active::MirrorHook;
-use crate::chain::{Section, close_dropped, with_section};
+use crate::beside::{Left, carry, check_top, reads_ended};
+use crate::chain::{Section, check_section, close_dropped, with_section};
 use crate::commit::{CommitSpec, Lot, begin, granularity, hold, layers_of, vouch};
 use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup};
 use crate::error::{JobError, Result};
@@ -33,7 +34,9 @@ pub(crate) async fn prepare_active(
     txn: &Rc<JobTxn>,
 ) -> Result<Prepared> {
     let manager = JobManager::of(spec.top.core());
-    for node in &nodes {
+    check_section(&manager, &nodes)?;
+    check_top(&manager, &spec.top, &spec.base, txn)?;
+    for node in nodes.iter().skip(1) {
         if let Some(kind) = manager.any_user(node.id()) {
             return Err(JobError::BusyWithJob { node: (*node.name()).into(), kind: kind.name() });
         }
@@ -77,6 +80,7 @@ fn prepare(job: Rc<Job>, spec: &CommitSpec, section: Rc<Section>, lot: Lot) -> R
         nodes: Rc::new(RefCell::new(lot.nodes)),
         section: Rc::clone(&section),
         job: Rc::downgrade(copy.job()),
+        left: RefCell::default(),
     });
     let follower = Follower::new(&copy, &slot, Rc::clone(&into) as Rc<dyn Takeover>);
     let (place, inner) = (Rc::clone(&slot), Rc::clone(&copy));
@@ -94,6 +98,8 @@ struct IntoBase {
     nodes: Rc<RefCell<Vec<Rc<Node>>>>,
     section: Rc<Section>,
     job: Weak<Job>,
+    /// Jobs on the top that went on at the base.
+    left: RefCell<Vec<Left>>,
 }
 
 impl IntoBase {
@@ -124,6 +130,7 @@ impl Takeover for IntoBase {
         let nodes = self.nodes.borrow();
         self.section.give_up_uses(nodes.get(..nodes.len() - 1).unwrap_or_default());
         copy.target().succeed(&copy.source());
+        self.left.replace(carry(graph, copy));
         graph.repoint(copy.source().id(), copy.target().id());
     }
 
@@ -142,8 +149,10 @@ impl Takeover for IntoBase {
 
     fn after(&self, ending: Ending) -> LocalFuture<'static, ()> {
         let (nodes, section) = (Rc::clone(&self.nodes), Rc::clone(&self.section));
+        let left = self.left.take();
         Box::pin(async move {
             section.end().await;
+            reads_ended(left).await;
             let top = nodes.borrow().first().filter(|_| ending == Ending::Complete).cloned();
             let Some(top) = top else { return };
             close_dropped(&Graph::of(top.core()), None, Some(top)).await;

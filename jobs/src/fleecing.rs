@@ -28,13 +28,15 @@ use liveblk_engine::node::{
 use liveblk_engine::{Error, ErrorKind};
 
 use crate::backup::CopyBeforeWrite;
+use crate::beside::check_beside;
 use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Piece};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
 use crate::limits::{BACKUP_GRANULE_MIN, CUT_WAIT_NS};
 use crate::manager::JobManager;
 use crate::spec::OnCbwError;
-use crate::start::{HookSlot, check_free, cut_of};
+use crate::start::{HookSlot, check_target, cut_of};
+use crate::txn::JobTxn;
 
 type EngineResult<T> = liveblk_engine::Result<T>;
 
@@ -161,7 +163,8 @@ pub async fn add_copy_before_write(spec: CopyBeforeWriteSpec) -> Result<Rc<Node>
         return Err(JobError::SizesDifferBytes { source, target });
     }
     let manager = JobManager::of(&core);
-    check_free(&manager, &spec.source, &spec.target)?;
+    check_beside(&manager, &spec.source, Kind::Backup, false, &JobTxn::new())?;
+    check_target(&manager, &spec.target)?;
     let name: Rc<str> = spec.name.as_deref().unwrap_or("copy-before-write").into();
     let uses = uses_of(&spec, &name)?;
     let copy = keeper(&manager, &spec, &name);

@@ -23,7 +23,7 @@ use liveblk_engine::format::LocalFuture;
 use liveblk_engine::graph::{CutPart, Graph, Swap, cut};
 use liveblk_engine::node::Node;
 
-use crate::copy::Copy;
+use crate::copy::{Copy, EarlierReads};
 use crate::error::{JobError, Result};
 use crate::event::Operation;
 use crate::lifecycle::Ending;
@@ -75,15 +75,16 @@ impl Follower {
 
     /// The guests of the source are at `to` from now on, which shows what the source did. Only
     /// inside the cut that moved them.
-    pub(crate) fn move_to(&self, graph: &Rc<Graph>, to: &Rc<Node>) {
+    pub(crate) fn move_to(&self, graph: &Rc<Graph>, to: &Rc<Node>) -> EarlierReads {
         let (from, job) = (self.copy.source(), self.copy.job());
         self.slot.move_to(to);
-        self.copy.set_source(to);
+        let earlier = self.copy.set_source(to);
         job.set_nodes(to.id(), self.copy.target().id());
         job.carry_source_use(to);
         job.move_filter(to);
         self.takeover.moved(graph, &from, to);
         job.changed().notify_all();
+        earlier
     }
 
     /// Runs to the end, when `plan` has found out what is to be copied.

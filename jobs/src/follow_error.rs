@@ -29,6 +29,15 @@ pub enum FollowError {
         /// Why it does not.
         source: liveblk_engine::Error,
     },
+    /// A job that cannot go with another one on the same node.
+    Beside {
+        /// The node.
+        node: Box<str>,
+        /// The job that has it.
+        job: Box<str>,
+        /// Its kind ("mirror").
+        kind: &'static str,
+    },
     /// A number of a convergence that is out of its bounds.
     BadConverge {
         /// The member, as in QMP.
@@ -52,6 +61,10 @@ impl fmt::Display for FollowError {
                 f,
                 "Node '{node}' cannot grow: {kind} job '{job}' follows it, and its target \
                  '{target}' cannot grow: {source}"
+            ),
+            Self::Beside { node, job, kind } => write!(
+                f,
+                "Node '{node}' is busy: block device is in use by block job: {kind} (job '{job}')"
             ),
             Self::BadConverge { member, most } => {
                 write!(f, "Parameter '{member}' expects a value between 1 and {most}")

@@ -12,6 +12,7 @@ use liveblk_engine::executor::Core;
 use liveblk_engine::executor::sync::{Either, Notify, select};
 use liveblk_engine::node::{Node, NodeId, UserGuard};
 
+use crate::beside::Seat;
 use crate::bitmap_use::BitmapUse;
 use crate::converge::{Converge, ConvergeInfo, Convergence};
 use crate::error::JobError;
@@ -48,6 +49,10 @@ pub struct Job {
     filter: RefCell<Option<JobFilter>>,
     /// Of a mirror or active commit, while its body runs or waits for its end.
     follower: RefCell<Weak<Follower>>,
+    /// Of a backup: where it reads.
+    seat: RefCell<Weak<Seat>>,
+    /// It copies all of its source: it can go on at a node of equal content.
+    portable: Cell<bool>,
     /// Nodes of one chain that other jobs on chains must leave alone.
     section: RefCell<Vec<NodeId>>,
     /// What the job owns until it is concluded.
@@ -97,6 +102,8 @@ impl Job {
             source_use: RefCell::new(None),
             filter: RefCell::new(None),
             follower: RefCell::new(Weak::new()),
+            seat: RefCell::new(Weak::new()),
+            portable: Cell::new(false),
             section: RefCell::default(),
             scope: RefCell::default(),
             last_step: RefCell::new(None),
@@ -411,6 +418,25 @@ impl Job {
     pub(crate) fn move_filter(&self, node: &Rc<Node>) {
         let filter = self.filter.take();
         self.filter.replace(filter.and_then(|filter| filter.moved_above(node)));
+    }
+
+    /// It reads at `seat` until its work is over.
+    pub(crate) fn set_seat(&self, seat: &Rc<Seat>) {
+        self.seat.replace(Rc::downgrade(seat));
+    }
+
+    /// Where it reads, until its work is over.
+    pub(crate) fn seat(&self) -> Option<Rc<Seat>> {
+        self.seat.borrow().upgrade()
+    }
+
+    /// Whether it can go on at a node of equal content.
+    pub(crate) fn set_portable(&self, portable: bool) {
+        self.portable.set(portable);
+    }
+
+    pub(crate) fn is_portable(&self) -> bool {
+        self.portable.get()
     }
 
     /// It follows the guests of its source.

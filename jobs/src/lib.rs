@@ -18,6 +18,7 @@ mod actions;
 mod active;
 pub mod amend;
 pub mod backup;
+mod beside;
 mod bitmap_use;
 pub mod bitmaps;
 mod chain;

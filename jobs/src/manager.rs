@@ -123,12 +123,9 @@ impl JobManager {
         self.forget(job);
     }
 
-    /// The job that has `node` as its target, or mirrors it, or is about to take its guests away.
-    pub(crate) fn exclusive_user(&self, node: NodeId) -> Option<Kind> {
-        self.user_where(|job, source, target| {
-            let follows = matches!(job.kind(), Kind::Mirror | Kind::Commit);
-            target == node || (source == node && follows)
-        })
+    /// All jobs, oldest first.
+    pub(crate) fn all(&self) -> Vec<Rc<Job>> {
+        self.jobs.borrow().clone()
     }
 
     /// The mirrors and active commits that follow the guests of `node`.

@@ -13,6 +13,7 @@ use liveblk_engine::graph::Graph;
 use liveblk_engine::node::{Node, NodeId, WriteHook};
 
 use crate::active::MirrorHook;
+use crate::beside::check_beside;
 use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Plan};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
@@ -23,7 +24,7 @@ use crate::limits::BUF_SIZE_MAX;
 use crate::manager::JobManager;
 use crate::spec::{MirrorSpec, SyncMode};
 use crate::start::{
-    Body, HookSlot, Prepared, check_active, check_free, show_filter, use_bitmap, use_nodes,
+    Body, HookSlot, Prepared, check_active, check_target, show_filter, use_bitmap, use_nodes,
 };
 use crate::txn::JobTxn;
 
@@ -42,11 +43,15 @@ pub(crate) fn prepare_mirror(spec: MirrorSpec, txn: &Rc<JobTxn>) -> Result<Prepa
     let bitmap = spec.more.bitmap.checked(spec.sync, &spec.source)?;
     let manager = JobManager::of(spec.source.core());
     check_active(&spec.source, "backing")?;
-    check_free(&manager, &spec.source, &spec.target)?;
+    // One mirror, or several backups; a mirror may begin beside backups, not the other way round.
+    let whole = spec.sync == SyncMode::Full && spec.more.backing_at_pivot.is_none();
+    check_beside(&manager, &spec.source, Kind::Mirror, whole, txn)?;
+    check_target(&manager, &spec.target)?;
     let job = manager.create(Kind::Mirror, spec.job.clone(), txn)?;
     job.set_nodes(spec.source.id(), spec.target.id());
     job.set_copy_mode(spec.copy_mode);
     job.set_converge(spec.more.converge);
+    job.set_portable(whole);
     let hold = match use_nodes(&job, &spec.source, &spec.target) {
         Ok(hold) => hold,
         Err(error) => {

@@ -35,6 +35,8 @@ pub(crate) struct HookSlot {
     id: Cell<Option<HookId>>,
     /// Where it was first: the node whose content at the start the job is about.
     first: RefCell<Rc<Node>>,
+    /// The node in whose cut it is to come in, where that is planned ahead.
+    planned: Cell<Option<NodeId>>,
     /// What else happens at the instant of the start.
     at_start: RefCell<Option<Box<dyn FnOnce()>>>,
 }
@@ -66,7 +68,8 @@ impl HookSlot {
 
     fn place(node: &Rc<Node>, hook: Option<Rc<dyn WriteHook>>) -> Rc<Self> {
         let (first, id) = (RefCell::new(Rc::clone(node)), Cell::new(None));
-        Rc::new(Self { node: first.clone(), hook, id, first, at_start: RefCell::new(None) })
+        let (planned, at_start) = (Cell::new(None), RefCell::new(None));
+        Rc::new(Self { node: first.clone(), hook, id, first, planned, at_start })
     }
 
     /// Does `what` in the cut in which the hook comes in.
@@ -77,6 +80,18 @@ impl HookSlot {
     /// Whether guests' writes do not concern the job: then its start needs no cut.
     pub(crate) fn is_empty(&self) -> bool {
         self.hook.is_none()
+    }
+
+    /// Comes in with a cut of the node that is returned.
+    pub(crate) fn plan_cut(&self) -> NodeId {
+        let node = self.node().id();
+        self.planned.set(Some(node));
+        node
+    }
+
+    /// The node of the cut that was planned.
+    pub(crate) fn planned(&self) -> NodeId {
+        self.planned.get().unwrap_or_else(|| self.first().id())
     }
 
     /// Only inside a cut of the node.
@@ -341,13 +356,12 @@ pub(crate) fn check_active(source: &Node, edge: &'static str) -> Result<()> {
     Err(Error::from(GraphError::InactiveChild { child, edge, parent }).into())
 }
 
-/// Refuses jobs whose nodes other jobs have in a way that excludes them.
-pub(crate) fn check_free(manager: &JobManager, source: &Rc<Node>, target: &Rc<Node>) -> Result<()> {
-    let busy = |node: &Rc<Node>, kind: Option<crate::event::Kind>| match kind {
-        Some(kind) => Err(JobError::BusyWithJob { node: (*node.name()).into(), kind: kind.name() }),
+/// Refuses a target that another job works on.
+pub(crate) fn check_target(manager: &JobManager, target: &Rc<Node>) -> Result<()> {
+    match manager.any_user(target.id()) {
+        Some(kind) => {
+            Err(JobError::BusyWithJob { node: (*target.name()).into(), kind: kind.name() })
+        }
         None => Ok(()),
-    };
-    // One mirror, or several backups; a mirror may begin beside backups, not the other way round.
-    busy(source, manager.exclusive_user(source.id()))?;
-    busy(target, manager.any_user(target.id()))
+    }
 }

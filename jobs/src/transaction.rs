@@ -164,7 +164,7 @@ impl Step {
             Self::Snapshot(snapshot) => snapshot.nodes(),
             Self::Internal(snapshot) => snapshot.nodes(),
             Self::Job(job) if job.slot.is_empty() => Vec::new(),
-            Self::Job(job) => vec![job.copy.source().id()],
+            Self::Job(job) => vec![job.slot.plan_cut()],
             Self::Bitmap(bitmap) => bitmap.nodes(),
         }
     }
@@ -175,7 +175,7 @@ impl Step {
         match self {
             Self::Internal(snapshot) => snapshot.take().await,
             Self::Snapshot(snapshot) => snapshot.check(core),
-            Self::Job(job) => Ok(job.copy.check_source(job.slot.first().id())?),
+            Self::Job(job) => Ok(job.copy.check_source(job.slot.planned())?),
             Self::Bitmap(_) => Ok(()),
         }
     }

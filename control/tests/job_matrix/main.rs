@@ -6,6 +6,7 @@
 #[path = "../../../jobs/tests/rig/mod.rs"]
 mod rig;
 
+mod beside;
 mod converging;
 mod files;
 mod groups;

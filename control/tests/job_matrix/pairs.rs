@@ -1,9 +1,10 @@
 //! Each ordered pair of operations on shared nodes, the first in each of its states: the second is
 //! refused with class and text, and nothing is harmed by the attempt, or both end right.
 //!
-//! The table says what is well defined. Jobs that move the guest, or move content between layers
-//! that another one moves, exclude each other; a backup is an instant and goes with what came
-//! first, but for a mirror or active commit that takes the guest away from under it.
+//! The table says what is well defined. Jobs that move content between layers that another one
+//! moves exclude each other, and so do two that would move the guest, but for a mirror and an
+//! active commit (`beside`); a backup is an instant and goes with what came first, but for a mirror
+//! that takes the guest away from under it.
 
 use std::rc::Rc;
 
@@ -27,8 +28,9 @@ use Answer::{No, Right};
 
 const STREAM: &str = "Node 'd' is busy: block device is in use by block job: stream";
 const COMMIT: &str = "Node 'd' is busy: block device is in use by block job: commit";
-const MIRROR: &str = "Node 'd' is busy: block device is in use by block job: mirror";
-const BACKUP: &str = "Node 'd' is busy: block device is in use by block job: backup";
+const MIRROR: &str = "Node 'd' is busy: block device is in use by block job: mirror (job 'j')";
+const MIRROR_BELOW: &str = "Node 'd' is busy: block device is in use by block job: mirror";
+const BACKUP_BELOW: &str = "Node 'd' is busy: block device is in use by block job: backup";
 const FROZEN: &str = "Cannot change frozen 'backing' link from 'd' to 'c'";
 const NO_ROOT: &str = "Need a root block node";
 const BELOW: &str = "Node 'd' is busy: node is used as backing hd of 'sj'";
@@ -58,28 +60,18 @@ const TABLE: [(Op, [Answer; 9]); 8] = [
         Op::Commit,
         [Right, No(COMMIT), No(COMMIT), No(COMMIT), Right, Right, Right, Right, No(FROZEN)],
     ),
-    // Takes the guest away from d, and follows it until then.
+    // Takes the guest away from d, and follows it until then; copies of all of d go on at a.
     (
         Op::Active,
-        [
-            Right,
-            No(COMMIT),
-            No(COMMIT),
-            No(COMMIT),
-            No(COMMIT),
-            No(COMMIT),
-            Right,
-            Right,
-            No(FROZEN),
-        ],
+        [Right, No(COMMIT), No(COMMIT), No(COMMIT), Right, Right, Right, Right, No(FROZEN)],
     ),
     // The same; what moves content within d's chain does not show.
     (
         Op::Mirror,
-        [Right, Right, Right, No(MIRROR), No(MIRROR), No(MIRROR), Right, Right, No(MIRROR)],
+        [Right, Right, Right, Right, No(MIRROR), No(MIRROR), Right, Right, No(MIRROR_BELOW)],
     ),
     // Is an instant of d: only its layers have to stay what they are.
-    (Op::Backup, [Right, Right, Right, No(BACKUP), Right, Right, Right, Right, No(BACKUP)]),
+    (Op::Backup, [Right, Right, Right, Right, Right, Right, Right, Right, No(BACKUP_BELOW)]),
     // d lies below the new node by then; it can have several above it.
     (Op::Snapshot, [Right, Right, No(NO_ROOT), No(NO_ROOT), Right, Right, No(BELOW), Right, Right]),
     (Op::Resize, [Right; 9]),

@@ -144,6 +144,11 @@ pub(crate) fn find(core: &Core, name: &str) -> Rc<Node> {
     Graph::of(core).find(name).expect("the node is there")
 }
 
+/// All of the node `name`.
+pub(crate) async fn content_of(world: &World, name: &str) -> Vec<u8> {
+    content(&find(&world.core, name)).await
+}
+
 pub(crate) async fn fill(node: &Rc<Node>, offset: u64, len: u64, byte: u8) {
     let buf = node.core().pool().alloc(usize::try_from(len).expect("small"));
     buf.fill(byte);
@@ -228,7 +233,7 @@ impl World {
     }
 
     /// The guest writes until told to stop.
-    fn works(self: &Rc<Self>) -> JoinHandle<()> {
+    pub(crate) fn works(self: &Rc<Self>) -> JoinHandle<()> {
         let world = Rc::clone(self);
         self.core.spawn(Class::Guest, async move {
             while !world.log.stop.get() {
@@ -247,7 +252,14 @@ impl World {
         self.try_with(op, id, target, json!({})).await
     }
 
-    async fn try_with(&self, op: Op, id: &str, target: &str, more: Value) -> Result<(), Refusal> {
+    /// As [`World::try_op`], with `more` members.
+    pub(crate) async fn try_with(
+        &self,
+        op: Op,
+        id: &str,
+        target: &str,
+        more: Value,
+    ) -> Result<(), Refusal> {
         let (name, mut arguments) = op.command(id, target);
         let members = arguments.as_object_mut().expect("an object");
         members.extend(more.as_object().cloned().unwrap_or_default());
@@ -340,6 +352,11 @@ impl World {
             }
             self.core.sleep(5_000_000).await;
         }
+        self.rest(guest).await;
+    }
+
+    /// Lets the guest end its last write.
+    pub(crate) async fn rest(&self, guest: JoinHandle<()>) {
         self.log.stop.set(true);
         guest.await;
         self.log.stop.set(false);

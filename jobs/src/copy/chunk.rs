@@ -98,6 +98,7 @@ impl Copy {
         let bytes = self.job.core().pool().alloc(len);
         // Never at the gate: a guest that was admitted, or the last pass behind closed gates, may
         // wait for this read. What it reads is stable (backup) or marked dirty again (mirror).
+        let _reading = self.begin_read();
         let read = self.source().read(piece.start.bytes(), bytes.clone(), Origin::Derived);
         match read.await {
             Ok(()) if self.is_dead() => None,

@@ -31,4 +31,4 @@ pub(crate) use self::pieces::Piece;
 pub(crate) use self::plan::Plan;
 pub(crate) use self::section::Layers;
 pub(crate) use self::shape::Shape;
-pub(crate) use self::state::{Bounds, Copy, CopySetup};
+pub(crate) use self::state::{Bounds, Copy, CopySetup, EarlierReads};

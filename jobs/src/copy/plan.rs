@@ -39,7 +39,10 @@ impl Copy {
             self.check()?;
             self.job.pause_point().await;
             let step = GuestRange::new(at, PLAN_STEP.min(size - at));
-            self.plan_step(source, plan, step).await?;
+            // The guests, and the job with them, may be elsewhere by now; what is copied of a layer
+            // is what that layer held.
+            let now = if plan.top { Rc::clone(source) } else { self.source() };
+            self.plan_step(&now, plan, step).await?;
             at = step.end().bytes();
         }
         self.touched.replace(None);
@@ -79,6 +82,7 @@ impl Copy {
         step: GuestRange,
     ) -> Result<Vec<StatusExtent>> {
         loop {
+            let _reading = self.begin_read();
             let status = source.block_status(step.start.bytes(), step.len);
             match self.job.unless_dead(status, || self.is_dead()).await {
                 None => return self.check().and(Err(JobError::Cancelled)),

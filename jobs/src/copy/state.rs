@@ -76,6 +76,8 @@ pub(crate) struct Copy {
     pub(super) job: Rc<Job>,
     /// Follows its guests to another node of equal content.
     source: RefCell<Rc<Node>>,
+    /// Shared by all reads of the source that is it now.
+    reads: RefCell<Rc<()>>,
     pub(super) target: Rc<Node>,
     pub(super) size: Cell<u64>,
     /// Held while the size changes, and by a cut that ends the job: one excludes the other.
@@ -136,6 +138,32 @@ pub(crate) struct Flight {
     _hold: Option<Rc<dyn Any>>,
 }
 
+/// A read of the source, until dropped.
+pub(super) struct SourceRead<'a> {
+    copy: &'a Copy,
+    of: Rc<()>,
+}
+
+/// The reads of what was the source before.
+pub(crate) struct EarlierReads(Rc<()>);
+
+impl EarlierReads {
+    /// Whether all have ended; the job's notification tells when that may have changed.
+    pub(crate) fn are_over(&self) -> bool {
+        Rc::strong_count(&self.0) == 1
+    }
+}
+
+impl Drop for SourceRead<'_> {
+    fn drop(&mut self) {
+        // Somebody may wait for the reads of what is not the source any more; he looks when this is
+        // gone.
+        if !Rc::ptr_eq(&self.of, &self.copy.reads.borrow()) {
+            self.copy.job.changed().notify_all();
+        }
+    }
+}
+
 /// On whose account a copy runs.
 #[derive(Clone, Copy)]
 enum Purpose {
@@ -171,6 +199,7 @@ impl Copy {
             discard_source: setup.discard_source,
             job: setup.job,
             source: RefCell::new(setup.source),
+            reads: RefCell::default(),
             target: setup.target,
             size: Cell::new(size),
             shape: Cell::new(false),
@@ -235,8 +264,14 @@ impl Copy {
 
     /// From now on copies read `source`, which holds what the old one does. Only inside a cut of
     /// both.
-    pub(crate) fn set_source(&self, source: &Rc<Node>) {
+    pub(crate) fn set_source(&self, source: &Rc<Node>) -> EarlierReads {
         self.source.replace(Rc::clone(source));
+        EarlierReads(self.reads.take())
+    }
+
+    /// A read of the source, as it is now, begins.
+    pub(super) fn begin_read(&self) -> SourceRead<'_> {
+        SourceRead { copy: self, of: Rc::clone(&self.reads.borrow()) }
     }
 
     pub(crate) fn target(&self) -> &Rc<Node> {

@@ -205,7 +205,7 @@ fn a_second_mirror_and_the_target_of_another_job_are_busy() {
             |spec| async move { start_mirror(spec).await.map(|_| ()).unwrap_err().to_string() };
         let busy =
             |node| format!("Node '{node}' is busy: block device is in use by block job: mirror");
-        assert_eq!(text(spec("k", &d, &u)).await, busy("d"));
+        assert_eq!(text(spec("k", &d, &u)).await, busy("d") + " (job 'j')");
         assert_eq!(text(spec("k", &u, &t)).await, busy("t"));
         assert_eq!(text(spec("k", &u, &u)).await, "Can't mirror node into itself");
         let mut odd = spec("k", &d, &u);
