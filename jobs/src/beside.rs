@@ -2,8 +2,8 @@
 //! away, and how they go on at its base.
 //!
 //! When an active commit ends well its base shows what its top did, at one instant: the cut of the
-//! end. So jobs that copy all of the top go on at the base, in that cut: their hooks, their uses and
-//! their filters move, guests' next writes meet them there. Whoever copies only a layer, or by a
+//! end. So jobs that copy all of the top go on at the base, in that cut: their hooks, uses and
+//! filters move, guests' next writes meet them there. Whoever copies only a layer, or by a
 //! bitmap of the top, or shows the top below its target, cannot: the top means nothing then.
 //!
 //! Rules: (1) moves are memory only; (2) the top is closed after the reads of it that began before
