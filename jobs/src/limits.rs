@@ -4,11 +4,15 @@
 pub const UNIT_DISK: u64 = 1 << 20;
 
 /// Bytes of one copy where both sides are in memory: small enough to stay in the cache.
-pub const UNIT_MEMORY: u64 = 256 << 10;
+pub const UNIT_MEMORY: u64 = 128 << 10;
 
 /// Copies in flight of one background loop. Small on purpose: a guest request queues behind what
 /// is in flight, and 64 copies of 1 MiB are what gives the peer its stalls of 100 ms.
 pub const WINDOW_UNITS: usize = 8;
+
+/// The same where both sides are in memory. Such a copy is over where it was started: more of them
+/// only take turns, and what was read is out of the cache when it is written.
+pub const WINDOW_UNITS_MEMORY: usize = 2;
 
 /// Bytes in flight of one background loop.
 pub const WINDOW_BYTES: u64 = 4 << 20;

@@ -13,7 +13,9 @@ use crate::converge::Traffic;
 use crate::error::{JobError, Result};
 use crate::event::{Action, Operation};
 use crate::job::Job;
-use crate::limits::{BEFORE_WRITE_BYTES, UNIT_DISK, UNIT_MEMORY, WINDOW_BYTES, WINDOW_UNITS};
+use crate::limits::{
+    BEFORE_WRITE_BYTES, UNIT_DISK, UNIT_MEMORY, WINDOW_BYTES, WINDOW_UNITS, WINDOW_UNITS_MEMORY,
+};
 use crate::region::{Region, Regions};
 use crate::spec::CopyMode;
 
@@ -176,10 +178,13 @@ enum Purpose {
 }
 
 impl Copy {
-    pub(crate) fn new(setup: CopySetup) -> Rc<Self> {
+    pub(crate) fn new(mut setup: CopySetup) -> Rc<Self> {
         let size = setup.source.size();
         let in_memory = setup.source.is_memory_backed() && setup.target.is_memory_backed();
         let unit = if in_memory { UNIT_MEMORY } else { UNIT_DISK };
+        if in_memory {
+            setup.bounds.units = setup.bounds.units.min(WINDOW_UNITS_MEMORY);
+        }
         let mut todo = DirtyBitmap::new(size, setup.granularity);
         if setup.all_dirty {
             todo.set_all();
