@@ -66,7 +66,8 @@ class Daemon:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
-        self.file = self.socket.makefile("rw", encoding="ascii", newline="\n")
+        # only for reading: a text file that is written forgets what it has read ahead
+        self.file = self.socket.makefile("r", encoding="ascii", newline="\n")
         self.events = []
         self.file.readline()
         self.command("qmp_capabilities")
@@ -81,8 +82,7 @@ class Daemon:
     def command(self, name, /, **arguments):
         """Runs a command and returns its answer; events are kept."""
         names = {key.replace("_", "-"): value for key, value in arguments.items()}
-        self.file.write(json.dumps({"execute": name, "arguments": names}) + "\n")
-        self.file.flush()
+        self.socket.sendall(json.dumps({"execute": name, "arguments": names}).encode() + b"\n")
         while True:
             message = self.read()
             if "event" in message:

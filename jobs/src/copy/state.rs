@@ -414,9 +414,9 @@ impl Copy {
         self.window.set(bytes.clamp(least, self.bounds.bytes));
     }
 
-    /// Whether no more is in flight than the window allows.
+    /// Whether not much more is in flight than the window allows.
     pub(crate) fn fits_window(&self) -> bool {
-        self.bytes_in_flight.get() <= self.window.get()
+        self.bytes_in_flight.get() <= self.window.get().saturating_mul(2)
     }
 
     /// Most bytes of one copy of the background loop.
