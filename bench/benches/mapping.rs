@@ -3,9 +3,9 @@
 //! `chain/4k_randread_cpu` reports the processor time of the core's thread (its kernel part
 //! included) per read, not the time that passes. Before these rows, the depths are compared in turn
 //! within one run, which is what a layer costs; beside each, in the same turn, what plain `pread`s
-//! cost that are spread over the files of the chain as its data is: more files are more cache misses
-//! in the kernel, which is no work of ours. Images lie in the current folder's file system; the page
-//! cache serves them.
+//! cost that are spread over the files of the chain as its data is: more files are more cache
+//! misses in the kernel, which is no work of ours. Images lie in the current folder's file system;
+//! the page cache serves them.
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -6,8 +6,9 @@
 //! `overlap-check`; the allocator always keeps away from all of it.
 //!
 //! An image whose tables lie behind the end of the file has lost its end. Reading them is an error
-//! only as long as the file is that short: once it grew over their places they would read as zeroes,
-//! which is "nothing is allocated", or "all is free". So such an image is not opened for writing.
+//! only as long as the file is that short: once it grew over their places they would read as
+//! zeroes, which is "nothing is allocated", or "all is free". So such an image is not opened for
+//! writing.
 
 use super::check_lists::bitmap_directory;
 use super::claims::Claims;
@@ -31,8 +32,8 @@ pub(super) fn claim_bitmaps(header: &Header, metadata: &mut Claims) {
 }
 
 impl State {
-    /// Fails if the refcount table, an L2 table or a refcount block lies behind the end of a file of
-    /// `size` bytes.
+    /// Fails if the refcount table, an L2 table or a refcount block lies behind the end of a file
+    /// of `size` bytes.
     pub(super) fn check_whole(&self, size: u64) -> Result<(), Reason> {
         let geometry = self.geometry;
         let end = geometry.clusters(size);
