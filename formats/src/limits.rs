@@ -159,3 +159,7 @@ pub const BITMAP_GRANULARITY_BITS: std::ops::RangeInclusive<u32> = 9..=31;
 
 /// The longest name of a stored bitmap in bytes (specification).
 pub const BITMAP_NAME_MAX: usize = 1023;
+
+/// How often an image that becomes read-only is settled for bitmaps that changed meanwhile; they
+/// come when guests move to another node, which is rare.
+pub const SETTLE_TRIES: u32 = 8;

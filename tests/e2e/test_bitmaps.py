@@ -598,3 +598,87 @@ async def a_bitmap_that_follows_goes_on_at_the_overlay_and_at_the_target(world):
     await peer.add_qcow2("t", world.path("t.qcow2"))
     assert (await bitmaps(peer, "t"))["f"]["count"] == 4 * 65536
     await peer.quit()
+
+
+async def counts(d, node, name="f"):
+    return (await bitmaps(d, node))[name]["count"] // 65536
+
+
+@case("ours")
+async def a_bitmap_that_follows_has_every_change_across_both_kinds_of_commit(world):
+    path = world.path("n0.qcow2")
+    await images.create(path, SIZE)
+    d = await world.daemon()
+    await d.add_qcow2("n0", path)
+    await d.cmd(ADD, node="n0", name="f", persistent=True, follow=True)
+    uri = await d.export("n0")
+    await write(uri, (0, 1))
+    for at in (1, 2, 3):
+        await d.cmd("blockdev-snapshot-sync", node_name=f"n{at - 1}",
+                    snapshot_node_name=f"n{at}", snapshot_file=world.path(f"n{at}.qcow2"))
+        await write(uri, (at << 20, 1))
+    assert [await counts(d, f"n{at}") for at in range(4)] == [1, 2, 3, 4]
+    # Between: what the layers had is in the base's bitmap, the disk's own is as it was.
+    await d.cmd("block-commit", device="n3", top_node="n2", base_node="n0", job_id="j",
+                auto_finalize=False)
+    await d.wait_event("BLOCK_JOB_PENDING", id="j")
+    await write(uri, (4 << 20, 1))
+    mark = d.mark()
+    await d.cmd("job-finalize", id="j")
+    await d.job_gone("j", since=mark)
+    assert await counts(d, "n0") == 3 and await counts(d, "n3") == 5
+    # The active layer: the disk's bitmap goes down with the guests, and goes on there.
+    mark = d.mark()
+    await d.cmd("block-commit", device="n3", job_id="k")
+    await d.wait_event("BLOCK_JOB_READY", device="k")
+    await write(uri, (5 << 20, 1))
+    await d.cmd("block-job-complete", device="k")
+    await d.job_gone("k", since=mark)
+    await write(uri, (6 << 20, 1))
+    assert await counts(d, "n0") == 7
+    assert (await bitmaps(d, "n0"))["f"]["recording"]
+    await d.quit()
+    await images.check(path)
+    peer = await world.daemon(kind=world.peer)
+    await peer.add_qcow2("n0", path)
+    assert await counts(peer, "n0") == 7
+    await peer.quit()
+
+
+@case("ours")
+async def a_mirror_gives_the_bits_of_a_bitmap_up_only_when_it_has_completed(world):
+    source = await images.create(world.path("a.qcow2"), SIZE)
+    await images.create(world.path("t.qcow2"), SIZE)
+    d = await world.daemon()
+    await d.add_qcow2("a", source)
+    await d.add_qcow2("t", world.path("t.qcow2"))
+    await d.cmd(ADD, node="a", name="m", granularity=65536)
+    uri = await d.export("a")
+    await write(uri, (0, 1), (1 << 20, 1))
+
+    async def mirrored(**options):
+        mark = d.mark()
+        await d.cmd("blockdev-mirror", device="a", target="t", sync="bitmap", bitmap="m",
+                    bitmap_mode="on-success", job_id="j", auto_finalize=False, **options)
+        await d.wait_event("BLOCK_JOB_READY", device="j", since=mark)
+        await d.cmd("block-job-complete", device="j")
+        await d.wait_event("BLOCK_JOB_PENDING", id="j", since=mark)
+        return mark
+
+    for verb in ("job-cancel", "job-finalize"):
+        mark = await mirrored()
+        named = [b for b in (await shown(d, "a")) if b.get("name") == "m"]
+        assert [b["count"] for b in named] == [2 * 65536], named
+        await d.cmd(verb, id="j")
+        await d.job_gone("j", since=mark)
+        ended = d.events("BLOCK_JOB_COMPLETED", since=mark)
+        assert bool(ended) == (verb == "job-finalize"), ended
+        assert await counts(d, "a", "m") == (0 if ended else 2), verb
+    await d.quit()
+
+
+async def shown(d, node):
+    """Every bitmap as it is shown, successors too."""
+    nodes = await d.cmd("query-named-block-nodes", flat=True, recorded=False)
+    (found,) = [row for row in nodes if row["node-name"] == node]
+    return found.get("dirty-bitmaps", [])

@@ -41,6 +41,14 @@ impl Image {
         bitmaps.refresh();
     }
 
+    /// Whether a bitmap changed since they were stored: one that goes on at this image may come
+    /// while it is being settled.
+    pub(super) fn has_late_bitmaps(&self) -> bool {
+        let bitmaps = self.bitmaps.borrow();
+        bitmaps.in_flight == 0
+            && bitmaps.list.iter().any(|bitmap| bitmap.is_behind() && !bitmap.is_inconsistent())
+    }
+
     /// Stores what was recorded and takes the marks away that bitmaps are in use. Nothing may be
     /// written afterwards, before the image is made writable again.
     pub(super) async fn store_bitmaps(self: &Rc<Self>) -> Result<()> {

@@ -30,6 +30,7 @@ use super::snapshot::Snapshots;
 use super::snapshot_view::Views;
 use super::state::{Health, Miss, State};
 use super::tuning::Tuning;
+use crate::limits::SETTLE_TRIES;
 use crate::reason::Reason;
 
 /// An open image.
@@ -355,6 +356,17 @@ impl Image {
             // What could not be made durable must not be forgotten: asked again, it fails again.
             Rc::clone(&self).settle().await?;
             self.cut_room().await;
+            for _ in 0..SETTLE_TRIES {
+                {
+                    // Who marks a bitmap holds this; who comes later finds the image read-only.
+                    let _changes = self.bitmap_changes.lock().await;
+                    if !self.has_late_bitmaps() {
+                        self.state.borrow_mut().writable = false;
+                        return Ok(());
+                    }
+                }
+                Rc::clone(&self).settle().await?;
+            }
             self.state.borrow_mut().writable = false;
             return Ok(());
         }
