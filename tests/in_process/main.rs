@@ -13,6 +13,7 @@ mod data_files;
 mod deep_chains;
 mod drain_under_copy_before_write;
 mod fleecing_overlay;
+mod following_bitmaps;
 mod following_jobs;
 mod foreign_runtime;
 mod full_disk;

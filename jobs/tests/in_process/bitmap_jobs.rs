@@ -199,3 +199,97 @@ fn a_mirror_of_what_a_bitmap_names_is_exact_and_clears_it_when_it_completes() {
         });
     }
 }
+
+fn mirror(source: &Rc<Node>, target: &Rc<Node>, auto_finalize: bool) -> MirrorSpec {
+    let mut spec = MirrorSpec {
+        job: options("j"),
+        source: source.clone(),
+        target: target.clone(),
+        sync: SyncMode::Incremental,
+        copy_mode: CopyMode::Background,
+        granularity: Some(4096),
+        allow_larger_target: false,
+        more: Default::default(),
+    };
+    spec.job.auto_finalize = auto_finalize;
+    spec.more.bitmap = BitmapChoice { name: Some("b".into()), mode: None };
+    spec
+}
+
+/// All of `wanted` is in `found`.
+fn holds(found: &DirtyBitmap, wanted: &DirtyBitmap) -> bool {
+    let mut both = found.clone();
+    both.merge(wanted);
+    both == *found
+}
+
+#[test]
+fn a_mirrors_bitmap_is_whole_until_the_mirror_has_completed() {
+    for (seed, verb) in
+        (0..12).map(|seed| (seed, [Verb::Finalize, Verb::Cancel][seed as usize % 2]))
+    {
+        let mut sim = world(230 + seed);
+        files(&sim);
+        sim.block_on(0, |core| async move {
+            let (d, t) = nodes(&core).await;
+            let (log, guest) = (Log::new(), disk(&d));
+            for _ in 0..20 {
+                log.write_one(&core, 0, &guest, 0, SIZE / SECTOR).await;
+            }
+            let before = bits(&d);
+            let manager = JobManager::of(&core);
+            start_mirror(mirror(&d, &t, false)).await.expect("it starts");
+            assert_eq!(bits(&d), before, "seed {seed}: at its start");
+            manager.until("j", |status| status == Status::Ready).await;
+            assert_eq!(bits(&d), before, "seed {seed}: when it is ready");
+            log.write_one(&core, 0, &guest, 0, SIZE / SECTOR).await;
+            manager.job_verb("j", Verb::Complete).expect("completes");
+            manager.until("j", |status| status == Status::Pending).await;
+            assert!(holds(&bits(&d), &before), "seed {seed}: before it is finalized");
+            manager.job_verb("j", verb).expect("it ends");
+            gone(&core, "j").await;
+            core.sleep(1_000_000).await;
+            match verb {
+                Verb::Finalize => assert!(bits(&d).is_clean(), "seed {seed}"),
+                _ => assert!(holds(&bits(&d), &before), "seed {seed}: a bit was lost"),
+            }
+            assert!(d.bitmap("b").expect("there").user().is_none());
+        });
+    }
+}
+
+/// Every write and flush of the target fails in turn: what is not durably there stays dirty.
+#[test]
+fn a_mirror_that_fails_gives_up_no_bit() {
+    let mut failed = 0;
+    for seed in 0..16 {
+        let mut sim = world(260 + seed);
+        files(&sim);
+        let kind = if seed % 4 == 3 { SimOpKind::Sync } else { SimOpKind::Write };
+        let filter = OpFilter::any().file("/t").kind(kind);
+        sim.inject(FaultRule::once(filter, 5).after(seed / 4));
+        let ended_well = sim.block_on(0, |core| async move {
+            let (d, t) = nodes(&core).await;
+            let (log, guest) = (Log::new(), disk(&d));
+            for _ in 0..30 {
+                log.write_one(&core, 0, &guest, 0, SIZE / SECTOR).await;
+            }
+            let before = bits(&d);
+            let events = Events::of(&core);
+            start_mirror(mirror(&d, &t, true)).await.expect("it starts");
+            let manager = JobManager::of(&core);
+            manager.until("j", |status| status == Status::Ready).await;
+            let _ = manager.job_verb("j", Verb::Complete);
+            gone(&core, "j").await;
+            core.sleep(1_000_000).await;
+            let ended_well = !events.has("ERROR");
+            match ended_well {
+                true => assert!(bits(&d).is_clean(), "seed {seed}"),
+                false => assert!(holds(&bits(&d), &before), "seed {seed}: a bit was lost"),
+            }
+            ended_well
+        });
+        failed += u64::from(!ended_well);
+    }
+    assert!(failed > 4, "{failed} failed");
+}
