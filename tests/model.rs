@@ -24,6 +24,8 @@ mod changes;
 mod guest;
 #[path = "model/images.rs"]
 mod images;
+#[path = "model/instants.rs"]
+mod instants;
 #[path = "model/judge.rs"]
 mod judge;
 #[path = "model/ledger.rs"]

@@ -13,6 +13,8 @@ mod changes;
 mod guest;
 #[path = "model/images.rs"]
 mod images;
+#[path = "model/instants.rs"]
+mod instants;
 #[path = "model/judge.rs"]
 mod judge;
 #[path = "model/ledger.rs"]
@@ -65,6 +67,11 @@ fn a_dirty_bit_that_was_cleared_after_the_read_is_found() {
 #[test]
 fn a_claim_that_was_released_before_the_completion_is_found() {
     finds(Planted::ClaimReleasedEarly);
+}
+
+#[test]
+fn zeroes_that_bitmaps_do_not_hear_of_are_found() {
+    finds(Planted::ZeroesUnrecorded);
 }
 
 #[test]

@@ -19,6 +19,8 @@ pub enum Planted {
     ClaimReleasedEarly,
     /// qcow2 takes a freed cluster before its unlink is durable and while it is still read.
     FreedReusedAtOnce,
+    /// What is zeroed or discarded is not recorded in the dirty bitmaps.
+    ZeroesUnrecorded,
 }
 
 #[derive(Default)]

@@ -17,6 +17,7 @@ use super::bitmaps;
 use super::chains;
 use super::changes;
 use super::images::{Chain, Image, Qcow2, open_chain};
+use super::instants;
 use super::judge::{one_moment, read_node};
 use super::ledger::{Tick, Window};
 use super::pattern;
@@ -67,6 +68,7 @@ async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
         18..21 => bitmaps::run(world, index, rng).await,
         21..24 => backups::run(world, index, rng).await,
         24 => changes::reopen(world, index, rng).await,
+        25 => instants::run(world, index, rng).await,
         _ if deep => mirror(world, index, rng, Ending::Complete).await,
         0..3 => backup(world, index, rng, 0).await,
         3..6 => mirror(world, index, rng, Ending::Complete).await,

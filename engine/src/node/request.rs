@@ -267,7 +267,7 @@ pub(super) fn start_zero(
         let copies = hooks.begin_copies(range, content);
         let result = transfer::zero(&path, node.core().pool(), range, mode, flags.fast).await;
         hooks.after(range, copies, result.is_ok()).await;
-        node.bitmaps.record(range);
+        record_zeroes(&node, range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
         if flags.fua {
@@ -276,6 +276,15 @@ pub(super) fn start_zero(
         counting.done();
         Ok(())
     })
+}
+
+/// Zeroes are a change of the disk like any other.
+fn record_zeroes(node: &Node, range: GuestRange) {
+    #[cfg(feature = "planted-bugs")]
+    if crate::planted::has(node.core(), crate::planted::Planted::ZeroesUnrecorded) {
+        return;
+    }
+    node.bitmaps.record(range);
 }
 
 pub(super) fn start_flush(target: Target, core: &crate::executor::Core) -> Receipt {
