@@ -267,7 +267,7 @@ pub(super) fn start_zero(
         let copies = hooks.begin_copies(range, content);
         let result = transfer::zero(&path, node.core().pool(), range, mode, flags.fast).await;
         hooks.after(range, copies, result.is_ok()).await;
-        record_zeroes(&node, range);
+        record_zeroes(node, range);
         drop(claim);
         result.map_err(|error| error.on(&node.name()))?;
         if flags.fua {
