@@ -10,8 +10,8 @@ pub const UNIT_MEMORY: u64 = 128 << 10;
 /// is in flight, and 64 copies of 1 MiB are what gives the peer its stalls of 100 ms.
 pub const WINDOW_UNITS: usize = 8;
 
-/// The same where both sides are in memory. Such a copy is over where it was started: more of them
-/// only take turns, and what was read is out of the cache when it is written.
+/// The same where both sides are in memory. Such a copy is over where it was started, so more of
+/// them only take turns, over more memory (measured: bench/RESULTS.md).
 pub const WINDOW_UNITS_MEMORY: usize = 2;
 
 /// Bytes in flight of one background loop.
