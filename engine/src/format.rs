@@ -342,6 +342,12 @@ pub trait RuntimeOptions {
     /// Checks all options by their QMP names (those that are not named get their defaults) and
     /// whether freed space is given back to the storage. Changes nothing; the answer does.
     fn prepare(&self, options: &FormatOptions, discard_unmap: bool) -> Result<Applied>;
+
+    /// Whether these options make the disk other bytes of the file than it is now: none of what
+    /// was written by somebody who remembers it need be there afterwards.
+    fn moves(&self, _options: &FormatOptions) -> bool {
+        false
+    }
 }
 
 /// Writes that store whole clusters compressed.

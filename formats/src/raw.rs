@@ -62,8 +62,9 @@ struct Tuning {
     place: Rc<Place>,
 }
 
-impl RuntimeOptions for Tuning {
-    fn prepare(&self, given: &FormatOptions, _: bool) -> Result<Applied> {
+impl Tuning {
+    /// The `offset` and `size` that are asked for.
+    fn wanted(given: &FormatOptions) -> Result<(u64, Option<u64>)> {
         let (mut offset, mut size) = (0, None);
         for (name, value) in given {
             match (name.as_str(), value) {
@@ -72,6 +73,21 @@ impl RuntimeOptions for Tuning {
                 _ => return Err(Error::new(ErrorKind::InvalidArgument, "change options")),
             }
         }
+        Ok((offset, size))
+    }
+}
+
+impl RuntimeOptions for Tuning {
+    fn moves(&self, given: &FormatOptions) -> bool {
+        let bytes = |offset: u64, size: Option<u64>| {
+            (offset, size.unwrap_or_else(|| self.storage.size().saturating_sub(offset)))
+        };
+        let now = bytes(self.place.offset.get(), self.place.fixed.get());
+        Self::wanted(given).is_ok_and(|(offset, size)| bytes(offset, size) != now)
+    }
+
+    fn prepare(&self, given: &FormatOptions, _: bool) -> Result<Applied> {
+        let (offset, size) = Self::wanted(given)?;
         let refuse = |reason: Reason| reason.error("change options").on(self.storage.name());
         Place::check(offset, size, self.storage.size()).map_err(refuse)?;
         if size.is_some_and(|bytes| bytes % 512 != 0) {

@@ -178,7 +178,7 @@ async def nodes_are_given_up_and_taken_back_as_by_the_peer(world):
 
 @case("ours")
 async def the_file_of_an_image_is_not_exchanged_under_it(world):
-    # The peer takes another file and goes on with the tables of the first one.
+    # The peer takes any other file under the open image.
     d = await world.daemon()
     await open_chain(world, d)
     before = await state(d)
@@ -219,3 +219,37 @@ async def bitmaps_are_those_that_the_file_holds_when_a_node_is_activated(world):
     assert ["old", 4 * 65536, True] in await bitmaps(d, "a")
     await d.quit()
     await images.check(path)
+
+
+@case("ours")
+async def a_raw_disk_is_not_moved_under_who_relies_on_it(world):
+    # The peer moves it under a mirror, whose target then keeps the old bytes.
+    path, target = world.path("r.raw"), world.path("t.raw")
+    for name in (path, target):
+        await images.tool("qemu-img", "create", "-f", "raw", name, "4M")
+    await images.tool("qemu-img", "create", "-f", "qcow2", world.path("o.qcow2"), "2M")
+    d = await world.daemon()
+    await d.cmd("blockdev-add", driver="file", node_name="rf", filename=path)
+    place = {"driver": "raw", "node-name": "r", "file": "rf", "size": 2 * MIB}
+    moved, same = dict(place, offset=MIB), dict(place, offset=0)
+    await d.cmd("blockdev-add", **{key.replace("-", "_"): value for key, value in place.items()})
+    await d.cmd("blockdev-add", driver="raw", node_name="t", size=2 * MIB,
+                file={"driver": "file", "filename": target})
+    await d.cmd("blockdev-mirror", job_id="j", device="r", target="t", sync="full")
+    await d.wait_event("BLOCK_JOB_READY")
+    for change in (moved, dict(place, size=MIB)):
+        _, desc = await d.refused("blockdev-reopen", options=[change])
+        assert desc == "Node 'r' is busy: block device is in use by block job: mirror", desc
+    await d.cmd("blockdev-reopen", options=[same])
+    await d.cmd("block-job-cancel", device="j")
+    await d.wait_event("BLOCK_JOB_COMPLETED")
+    await d.cmd("blockdev-add", driver="qcow2", node_name="o", backing="r",
+                file={"driver": "file", "filename": world.path("o.qcow2")})
+    _, desc = await d.refused("blockdev-reopen", options=[moved])
+    assert desc == "Node 'r' is busy: node is used as backing hd of 'o'", desc
+    await d.cmd("blockdev-del", node_name="o")
+    await d.cmd("block-dirty-bitmap-add", node="r", name="b")
+    await d.cmd("blockdev-reopen", options=[same])
+    assert await bitmaps(d, "r") == [["b", 0, True]]
+    await d.cmd("blockdev-reopen", options=[moved])
+    assert await bitmaps(d, "r") == [["b", 2 * MIB, True]]

@@ -63,14 +63,19 @@ impl Graph {
         }
         self.check_links(&list)?;
         let mut commits: Vec<Applied> = Vec::new();
+        // Raw disks that will lie elsewhere in their files.
+        let mut moved: Vec<Rc<Node>> = Vec::new();
         for change in &list {
             self.check_users(change)?;
             commits.extend(prepare_format(change)?);
+            if moves(change) {
+                check_still(&change.node)?;
+                moved.push(Rc::clone(&change.node));
+            }
         }
         let old: Vec<Rc<Node>> = list.iter().filter_map(|change| change.node.backing()).collect();
         let settled: Vec<_> =
             list.iter().map(|change| (Rc::clone(&change.node), change.options)).collect();
-        let resized: Vec<_> = list.iter().map(|change| Rc::clone(&change.node)).collect();
         let nodes = self.with_everything_above(list.iter().map(|change| &change.node));
         let before = move |graph: Rc<Self>| -> LocalFuture<'static, Result<()>> {
             Box::pin(async move { graph.change_all(&list).await })
@@ -82,9 +87,8 @@ impl Graph {
             for commit in commits {
                 commit();
             }
-            // A raw disk may lie elsewhere in its file now.
-            for node in resized {
-                node.fit_bitmaps();
+            for node in moved {
+                node.other_bytes();
             }
         };
         let part = CutPart {
@@ -258,6 +262,31 @@ fn prepare_format(change: &Reopen) -> Result<Option<Applied>> {
         None if change.format_options.is_empty() => Ok(None),
         None => Err(Error::new(ErrorKind::Unsupported, "change options").on(&node.name())),
     }
+}
+
+/// Whether the disk will be other bytes of its file.
+fn moves(change: &Reopen) -> bool {
+    let options = change.node.format().abilities().options;
+    options.is_some_and(|options| options.moves(&change.format_options))
+}
+
+/// Refuses to move a disk in its file under a job or a node that relies on what was there.
+fn check_still(node: &Node) -> Result<()> {
+    for user in node.users() {
+        let (edge, parent) = match user {
+            User::Guest { .. } => continue,
+            User::Job { kind, .. } => {
+                let (node, kind) = (node.name().to_string(), kind.to_owned());
+                return Err(GraphError::BusyWithJob { node, kind }.into());
+            }
+            User::Overlay { node } => ("backing", node),
+            User::Data { node } => ("data-file", node),
+            User::Format { node } | User::Filter { node, .. } => ("file", node),
+        };
+        let (node, parent) = (node.name().to_string(), parent.to_string());
+        return Err(GraphError::BusyAsChild { node, edge, parent }.into());
+    }
+    Ok(())
 }
 
 /// Refuses to change the link from `node` to `backing` under a job that depends on it.

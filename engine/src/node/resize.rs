@@ -41,8 +41,10 @@ impl Node {
         resized.map_err(|error| error.on(&self.name()))
     }
 
-    /// The dirty bitmaps are as large as the disk, whose size another way changed. Only in a cut.
-    pub(crate) fn fit_bitmaps(&self) {
+    /// The disk is other bytes of its file now, perhaps of another size: for who looks at dirty
+    /// bitmaps all of it has changed. Only in a cut.
+    pub(crate) fn other_bytes(&self) {
         self.bitmaps.resize(self.size());
+        self.bitmaps.record(GuestRange::new(0, self.size()));
     }
 }
