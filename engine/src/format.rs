@@ -268,6 +268,10 @@ pub trait Format {
     /// Maps `range` (inside the virtual size) and takes a lease on what it hands out.
     fn resolve(&self, range: GuestRange, extents: &mut Extents) -> Option<Lease>;
 
+    /// A lease on all that the image has now, for who keeps what was resolved for as long as the
+    /// image is read-only; `None` where that may change meanwhile, or costs nothing to ask for.
+    fn lease(&self) -> Option<Lease>;
+
     /// Loads what a resolve or a step missed. Runs as a task of the image: when the returned future
     /// is dropped the load still ends.
     fn load(&self, miss: MissId) -> LocalFuture<'_, Result<()>>;

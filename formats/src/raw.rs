@@ -178,6 +178,10 @@ impl Format for Raw {
         None
     }
 
+    fn lease(&self) -> Option<Lease> {
+        None
+    }
+
     fn load(&self, _: MissId) -> LocalFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }

@@ -87,6 +87,7 @@ async fn probes_per_hit(chain: &Chain, host: &Host, disk: &Disk) -> f64 {
     let lookups = after.lookups - before.lookups;
     assert!(lookups > 1000, "most of the disk is not in the top: {lookups}");
     assert_eq!(after.scans, before.scans, "everything is known");
+    assert!(after.placed > before.placed, "most places are known");
     assert!(after.bytes <= (chain.images.len() * CHAIN_INDEX_BYTES) as u64);
     (after.probes - before.probes) as f64 / lookups as f64
 }

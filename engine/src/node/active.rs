@@ -60,6 +60,7 @@ impl Node {
             return Ok(());
         }
         self.look_again().await?;
+        self.layer_state().changed(&**self.format());
         let asked = self.asked_writable.get();
         let started = match asked {
             true => self.set_writable(true).await,

@@ -17,15 +17,17 @@
 //!
 //! Memory: at most [`CHAIN_INDEX_BYTES`] per layer of the path, nothing before the first read that
 //! leaves the top layer. Slices that are alike all over take a slot only; the others share the rest
-//! and are dropped in turn.
+//! and are dropped in turn. An eighth of it is for granules whose place in the file of their first
+//! layer is known, too (`node::places`).
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
 use super::path::Layer;
+use super::places::Places;
 use super::reads::ReadWatch;
-use crate::address::GuestRange;
-use crate::format::{Extents, Mapping};
+use crate::address::{GuestRange, HostOffset};
+use crate::format::{Extent, Extents, Format, Mapping};
 use crate::limits::{CHAIN_GRANULE, CHAIN_INDEX_BYTES};
 
 /// Granules of a slice.
@@ -36,6 +38,8 @@ const SLICE: usize = 512;
 pub struct ChainStats {
     /// Runs of bytes that were looked for below the top layer.
     pub lookups: u64,
+    /// Those of them whose place was known, so that no layer was asked.
+    pub placed: u64,
     /// Layers below the top that were asked on behalf of requests.
     pub probes: u64,
     /// Layers whose neighbourhood of a request was looked at.
@@ -49,7 +53,9 @@ pub(crate) struct ChainIndex {
     layers: usize,
     granule: u64,
     table: RefCell<Table>,
+    places: RefCell<Rc<Places>>,
     lookups: Cell<u64>,
+    placed: Cell<u64>,
     probes: Cell<u64>,
     scans: Cell<u64>,
 }
@@ -80,13 +86,18 @@ impl LayerState {
         self.watch.replace(Some(watch));
     }
 
-    /// To be called before the layer takes writes.
-    pub(crate) fn set_writable(&self, writable: bool) {
+    /// To be called before the layer, which is `format`, takes writes.
+    pub(crate) fn set_writable(&self, writable: bool, format: &dyn Format) {
         self.writable.set(writable);
         if writable {
-            let indexes = self.indexes.borrow();
-            indexes.iter().filter_map(Weak::upgrade).for_each(|index| index.reset());
+            self.changed(format);
         }
+    }
+
+    /// What was learnt of the layer, which is `format`, is not true any more.
+    pub(crate) fn changed(&self, format: &dyn Format) {
+        let indexes = self.indexes.borrow();
+        indexes.iter().filter_map(Weak::upgrade).for_each(|index| index.reset(format));
     }
 }
 
@@ -103,7 +114,9 @@ impl ChainIndex {
             layers: layers.len(),
             granule: granule.clamp(*CHAIN_GRANULE.start(), *CHAIN_GRANULE.end()),
             table: RefCell::default(),
+            places: RefCell::default(),
             lookups: Cell::new(0),
+            placed: Cell::new(0),
             probes: Cell::new(0),
             scans: Cell::new(0),
         });
@@ -150,9 +163,50 @@ impl ChainIndex {
         let mut table = self.table.borrow_mut();
         if table.slots.is_empty() {
             let size = layers.iter().map(|layer| layer.format.size()).max().unwrap_or(0);
-            table.prepare(self.layers, size / self.granule / SLICE as u64 + 1);
+            let granules = size / self.granule + 1;
+            table.prepare(self.layers, granules / SLICE as u64 + 1);
+            let memory = self.layers * CHAIN_INDEX_BYTES / 8;
+            self.places.replace(Places::new(Places::count(memory, granules)));
         }
         table.learn(granule, number, &found);
+    }
+
+    /// The layer that has `range` first as plain data, and where, if that is known; what is handed
+    /// out is to be kept until the read there is over.
+    pub(crate) fn place(&self, range: GuestRange) -> Option<(usize, HostOffset, Rc<Places>)> {
+        let granule = range.start.bytes() / self.granule;
+        let into = range.start.bytes() % self.granule;
+        if range.len > self.granule - into {
+            return None;
+        }
+        let places = self.places.borrow();
+        let (layer, host) = places.get(granule)?;
+        self.placed.set(self.placed.get() + 1);
+        Some((usize::from(layer), host.plus(into), Rc::clone(&places)))
+    }
+
+    /// A layer had the byte `at` as data: remembers where, if its granule lies in one piece.
+    pub(crate) fn found(&self, layers: &[Layer], layer: usize, at: u64) {
+        let granule = at / self.granule;
+        let (Some(looked), Ok(number)) = (layers.get(layer), u8::try_from(layer)) else { return };
+        let range = GuestRange::new(granule * self.granule, self.granule);
+        let wanted = self.table.borrow().settled(granule) == Some(number)
+            && !looked.state.is_writable()
+            && range.end().bytes() <= looked.format.size()
+            && self.places.borrow().wants(granule);
+        if !wanted {
+            return;
+        }
+        // Without a lease on the whole layer nothing can be kept for the reads on their way.
+        let Some(lease) = looked.format.lease() else { return };
+        let mut extents = Extents::new();
+        drop(looked.format.resolve(range, &mut extents));
+        if let [Extent { len, mapping: Mapping::Data(host) }] = extents[..]
+            && len == self.granule
+        {
+            self.places.borrow().enter(granule, number, host);
+        }
+        drop(lease);
     }
 
     /// What a layer has in the slice of `granule`.
@@ -209,18 +263,20 @@ impl ChainIndex {
         }
     }
 
-    /// Forgets everything.
-    fn reset(&self) {
+    /// Forgets everything, because `changed` does; reads on their way still find what it had.
+    fn reset(&self, changed: &dyn Format) {
         *self.table.borrow_mut() = Table::default();
+        self.places.take().give_up(changed.lease());
     }
 
     /// What it has done so far.
     pub(crate) fn stats(&self) -> ChainStats {
         ChainStats {
             lookups: self.lookups.get(),
+            placed: self.placed.get(),
             probes: self.probes.get(),
             scans: self.scans.get(),
-            bytes: self.table.borrow().bytes() as u64,
+            bytes: (self.table.borrow().bytes() + self.places.borrow().bytes()) as u64,
         }
     }
 }
@@ -300,7 +356,7 @@ impl Table {
         let count = slices.next_power_of_two();
         let empty = || Slot { key: 0, slice: Slice::Alike(First::default()) };
         self.slots.resize_with(count, empty);
-        self.each_max = bytes / 4 * 3 / size_of::<[First; SLICE]>();
+        self.each_max = bytes / 8 * 5 / size_of::<[First; SLICE]>();
     }
 
     fn place(&self, granule: u64) -> usize {
@@ -322,14 +378,23 @@ impl Table {
         }
     }
 
-    /// Whether a look at `layer` would tell something new about `granule`.
-    fn is_open(&self, granule: u64, layer: u8) -> bool {
-        let first = match self.slice(granule) {
+    fn at(&self, granule: u64) -> First {
+        match self.slice(granule) {
             None => First::default(),
             Some(Slice::Alike(first)) => *first,
             Some(Slice::Each(each)) => each[granule as usize % SLICE],
-        };
-        first == First { layer, settled: false }
+        }
+    }
+
+    /// The layer that has something of `granule`, if it is known.
+    fn settled(&self, granule: u64) -> Option<u8> {
+        let first = self.at(granule);
+        first.settled.then_some(first.layer)
+    }
+
+    /// Whether a look at `layer` would tell something new about `granule`.
+    fn is_open(&self, granule: u64, layer: u8) -> bool {
+        self.at(granule) == First { layer, settled: false }
     }
 
     /// Enters what a look at `layer` found in the slice of `granule`.

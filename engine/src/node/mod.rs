@@ -30,6 +30,7 @@ mod map;
 mod object;
 mod packed;
 mod path;
+mod places;
 mod plain;
 mod reads;
 mod request;

@@ -358,10 +358,10 @@ impl Node {
 
     /// Sets what requests and queries see; a file that was opened for this node goes with it.
     fn show_writable(&self, writable: bool) {
-        self.layer.state.set_writable(writable);
+        self.layer.state.set_writable(writable, &**self.format());
         let files = self.file().into_iter().chain(self.data_file());
         for file in files.filter(|file| !file.is_monitor_owned()) {
-            file.layer.state.set_writable(writable);
+            file.layer.state.set_writable(writable, &**file.format());
         }
     }
 

@@ -60,6 +60,10 @@ impl Format for Plain {
         None
     }
 
+    fn lease(&self) -> Option<Lease> {
+        None
+    }
+
     fn load(&self, _: MissId) -> LocalFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }

@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 
 use super::packed::Unpacks;
 use super::path::Path;
+use super::places::Places;
 use crate::address::GuestRange;
 use crate::buf::{Buf, Pool};
 use crate::error::{Error, ErrorKind, Result};
@@ -42,6 +43,7 @@ struct Reads {
     started: SmallVec<[IoFuture; 8]>,
     unpacks: Unpacks,
     leases: SmallVec<[Lease; 4]>,
+    places: SmallVec<[Rc<Places>; 1]>,
 }
 
 /// Reads `range` as seen from layer `from` of the path into `buf` (of the same length).
@@ -49,7 +51,7 @@ pub(crate) async fn read(path: &Path, from: usize, range: GuestRange, buf: &Buf)
     let _watched = path.watch_read(range);
     let mut reads = Reads::default();
     let mut result = Ok(());
-    descend(path, Todo { range, at: 0, layer: from }, &mut reads.todo);
+    descend(path, Todo { range, at: 0, layer: from }, buf, &mut reads);
     while let Some(part) = reads.todo.pop() {
         if let Err(error) = read_part(path, part, buf, &mut reads).await {
             result = Err(error);
@@ -61,7 +63,7 @@ pub(crate) async fn read(path: &Path, from: usize, range: GuestRange, buf: &Buf)
         result = result.and(ended);
     }
     let unpacked = reads.unpacks.end().await;
-    drop(reads.leases);
+    drop((reads.leases, reads.places));
     result.and(unpacked)
 }
 
@@ -74,6 +76,7 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
     };
     let format = &layer.format;
     let below = path.index().zip(part.layer.checked_sub(1));
+    let lower = path.lower();
     let inside = part.range.intersect(GuestRange::new(0, format.size()));
     if inside.len < part.range.len {
         let at = part.at + length(inside.len);
@@ -89,7 +92,10 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
     if let Some((index, layer)) = below
         && !matches!(extents.first(), Some(Extent { mapping: Mapping::Miss(_), .. }))
     {
-        index.probed(path.lower(), layer, inside.start.bytes());
+        index.probed(lower, layer, inside.start.bytes());
+        if matches!(extents.first(), Some(Extent { mapping: Mapping::Data(_), .. })) {
+            index.found(lower, layer, inside.start.bytes());
+        }
     }
     let mut rest = Todo { range: inside, ..part };
     for extent in &extents {
@@ -102,7 +108,7 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
             Mapping::Zero | Mapping::ZeroAllocated(_) => target(rest.at, len).fill(0),
             Mapping::Absent => {
                 let range = GuestRange { len, ..rest.range };
-                descend(path, Todo { range, at: rest.at, layer: rest.layer + 1 }, &mut reads.todo);
+                descend(path, Todo { range, at: rest.at, layer: rest.layer + 1 }, buf, reads);
             }
             Mapping::Compressed(packed) => {
                 let to = target(rest.at, len);
@@ -121,12 +127,25 @@ async fn read_part(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) -> Res
     Ok(())
 }
 
-/// Adds a part to what is to be done, each run of it at the first layer that may have it.
-fn descend(path: &Path, part: Todo, todo: &mut SmallVec<[Todo; 8]>) {
+/// Adds a part to what is to be done, each run of it at the first layer that may have it; starts
+/// its read where its place is known.
+fn descend(path: &Path, part: Todo, buf: &Buf, reads: &mut Reads) {
     let Some((index, from)) = path.index().zip(part.layer.checked_sub(1)) else {
-        todo.push(part);
+        reads.todo.push(part);
         return;
     };
+    if from == 0
+        && let Some((layer, host, places)) = index.place(part.range)
+        && let Some(layer) = path.lower().get(layer)
+    {
+        index.count_lookup();
+        let target = buf.slice(part.at..part.at + length(part.range.len));
+        reads.started.push(layer.format.data_storage().read(host.bytes(), target));
+        if !reads.places.iter().any(|kept| Rc::ptr_eq(kept, &places)) {
+            reads.places.push(places);
+        }
+        return;
+    }
     let mut rest = part;
     while !rest.range.is_empty() {
         let (len, layer) = index.run(rest.range.start.bytes(), rest.range.len, from);
@@ -134,7 +153,7 @@ fn descend(path: &Path, part: Todo, todo: &mut SmallVec<[Todo; 8]>) {
             index.count_lookup();
         }
         let range = GuestRange { len, ..rest.range };
-        todo.push(Todo { range, at: rest.at, layer: layer + 1 });
+        reads.todo.push(Todo { range, at: rest.at, layer: layer + 1 });
         rest = advance(rest, len);
     }
 }

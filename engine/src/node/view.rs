@@ -97,6 +97,10 @@ impl Format for ViewFormat {
         None
     }
 
+    fn lease(&self) -> Option<Lease> {
+        None
+    }
+
     fn load(&self, _: MissId) -> LocalFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
     }

@@ -215,6 +215,10 @@ impl Format for Qcow2 {
         Some(self.0.epochs.lease())
     }
 
+    fn lease(&self) -> Option<Lease> {
+        Some(self.0.epochs.lease())
+    }
+
     fn load(&self, miss: MissId) -> LocalFuture<'_, Result<()>> {
         let image = Rc::clone(&self.0);
         match Miss::of(miss) {

@@ -171,6 +171,11 @@ impl Format for SnapshotView {
         Some(self.image.epochs.lease())
     }
 
+    /// The snapshot may go while the view stays.
+    fn lease(&self) -> Option<Lease> {
+        None
+    }
+
     fn load(&self, miss: MissId) -> LocalFuture<'_, Result<()>> {
         self.view.load(miss)
     }
