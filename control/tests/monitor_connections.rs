@@ -90,7 +90,7 @@ struct Client {
 impl Client {
     fn new(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
         let mut client = Self { lines: BufReader::new(stream) };
         assert!(client.line().starts_with("{\"QMP\": "));
         client
@@ -181,7 +181,7 @@ fn a_client_that_floods_without_reading_is_held_back_and_served_in_order() {
 fn a_request_that_is_nested_to_the_limit_does_not_overflow_the_stack() {
     let daemon = daemon(Layout::Pretty);
     let stream = UnixStream::connect(&daemon.path).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
     let mut lines = BufReader::new(stream);
     let deep = |depth: usize| {
         let open = r#"{"driver":"raw","file":"#.repeat(depth);

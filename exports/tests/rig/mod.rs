@@ -18,7 +18,7 @@ use liveblk_exports::nbd::{Address, ExportSpec, ServerConfig};
 use liveblk_exports::{ExportError, Exports, RemoveMode};
 
 /// How long a real process may take for anything here.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A running server with one disk, exported writable as "disk" and read-only as "ro".
 pub struct Server {

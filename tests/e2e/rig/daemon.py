@@ -12,8 +12,8 @@ import time
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient
 
-START_SECONDS = 20
-WAIT_SECONDS = 30
+START_SECONDS = 60
+WAIT_SECONDS = 90
 
 
 class Refused(Exception):
@@ -81,7 +81,7 @@ class Daemon:
             self.listener = EventListener()
             self.client.register_listener(self.listener)
             try:
-                wait = START_SECONDS if self.kind.ours else START_SECONDS / 4
+                wait = START_SECONDS if self.kind.ours else START_SECONDS / 12
                 await asyncio.wait_for(self.client.connect(self.qmp_path), wait)
                 break
             except asyncio.TimeoutError:
@@ -113,6 +113,12 @@ class Daemon:
     def pid(self):
         return self.process.pid
 
+    def processor_seconds(self):
+        """What all threads took so far, in user and kernel."""
+        with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as stat:
+            ticks = stat.read().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
     def alive(self):
         return self.process is not None and self.process.returncode is None
 
@@ -131,7 +137,7 @@ class Daemon:
             raise
         except Exception:  # the connection may go before the answer is read
             pass
-        code = await asyncio.wait_for(self.process.wait(), 30)
+        code = await asyncio.wait_for(self.process.wait(), WAIT_SECONDS)
         await self._drop_monitor()
         if code != 0:
             raise AssertionError(f"{self.kind.name} ended with {code}: {self.stderr_tail()}")
@@ -139,7 +145,7 @@ class Daemon:
     async def terminate(self, sig=signal.SIGTERM):
         self.expected_end = True
         self.process.send_signal(sig)
-        code = await asyncio.wait_for(self.process.wait(), 30)
+        code = await asyncio.wait_for(self.process.wait(), WAIT_SECONDS)
         await self._drop_monitor()
         return code
 
@@ -266,7 +272,7 @@ class RawMonitor:
     async def __aexit__(self, *_):
         self.writer.close()
 
-    async def line(self, timeout=15):
+    async def line(self, timeout=WAIT_SECONDS):
         text = await asyncio.wait_for(self.reader.readline(), timeout)
         return json.loads(text)
 

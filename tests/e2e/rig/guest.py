@@ -63,13 +63,13 @@ class Guest:
         self.process = None
         self.blocks = []
 
-    async def start(self):
+    async def start(self, timeout=90):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guest_process.py")
         self.stderr = open(os.path.join(self.folder, self.name + ".err"), "wb")
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, script, json.dumps(self.spec), stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE, stderr=self.stderr, limit=1 << 24)
-        hello = await self._answer(20)
+        hello = await self._answer(timeout)
         self.blocks = hello["blocks"]
         return self
 
@@ -81,7 +81,7 @@ class Guest:
                 raise GuestFailure("the guest process ended: " + text.read()[-2000:])
         return json.loads(line)
 
-    async def ask(self, op, timeout=60, tolerate=False, **values):
+    async def ask(self, op, timeout=180, tolerate=False, **values):
         line = json.dumps(dict(values, op=op)) + "\n"
         self.process.stdin.write(line.encode())
         await self.process.stdin.drain()
@@ -104,7 +104,7 @@ class Guest:
         """Waits until the counted run is over."""
         return await self.ask("wait", **kw)
 
-    async def progress(self, more=20, timeout=20):
+    async def progress(self, more=20, timeout=90):
         """Waits until `more` further writes are acknowledged: the guest is alive."""
         first = (await self.ask("state"))["acked"]
         limit = time.monotonic() + timeout

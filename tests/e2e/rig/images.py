@@ -19,7 +19,7 @@ class ToolFailed(AssertionError):
         self.code, self.out, self.err = code, out, err
 
 
-async def tool(*argv, check=True, timeout=120, stdin=None):
+async def tool(*argv, check=True, timeout=300, stdin=None):
     """Runs a program; returns (status, stdout, stderr)."""
     process = await asyncio.create_subprocess_exec(
         *argv, stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
