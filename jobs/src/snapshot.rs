@@ -21,7 +21,7 @@ use liveblk_engine::{Error, ErrorKind};
 
 use crate::error::{JobError, Result, SnapshotError};
 use crate::event::Kind;
-use crate::limits::FINISH_TRIES;
+use crate::limits::{CUT_WAIT_NS, FINISH_TRIES};
 use crate::manager::JobManager;
 use crate::start::flush_ahead;
 
@@ -55,6 +55,8 @@ pub(crate) struct PreparedSnapshot {
     base: Rc<Node>,
     overlay: Rc<Node>,
     origin: Origin,
+    /// The overlay was made inactive because the base is.
+    rested: bool,
 }
 
 /// Where the overlay comes from, and what an abort must undo.
@@ -97,7 +99,7 @@ pub(crate) fn prepare_nodes(core: &Core, node: &str, overlay: &str) -> Result<Pr
     let base = find(core, node, node)?;
     check_base(core, &base)?;
     let overlay = find(core, overlay, overlay)?;
-    check_overlay(core, &overlay)?;
+    check_overlay(core, &base, &overlay)?;
     let guests = base.users().iter().any(|user| matches!(user, User::Guest { .. }));
     let written = |(_, with): &(User, Permissions)| with.perm & Permissions::WRITE != 0;
     // A job goes on writing to its target: guests must not come to it, too.
@@ -108,7 +110,7 @@ pub(crate) fn prepare_nodes(core: &Core, node: &str, overlay: &str) -> Result<Pr
     if overlay.id() == base.id() || two_writers {
         return Err(SnapshotError::OverlayInUse.into());
     }
-    Ok(PreparedSnapshot { base, overlay, origin: Origin::Client })
+    Ok(PreparedSnapshot { base, overlay, origin: Origin::Client, rested: false })
 }
 
 /// Prepares a snapshot into a file (`blockdev-snapshot-sync`).
@@ -122,8 +124,8 @@ pub(crate) async fn prepare_file(core: &Core, spec: SnapshotFile) -> Result<Prep
     }
     if spec.mode == NewImageMode::Existing {
         let overlay = open(core, &spec, &spec.file, &base).await?;
-        let snapshot = PreparedSnapshot { base, overlay, origin: Origin::Opened };
-        return match check_overlay(core, &snapshot.overlay) {
+        let snapshot = PreparedSnapshot { base, overlay, origin: Origin::Opened, rested: false };
+        return match check_overlay(core, &snapshot.base, &snapshot.overlay) {
             Ok(()) => Ok(snapshot),
             Err(error) => {
                 snapshot.abort(core).await;
@@ -133,7 +135,9 @@ pub(crate) async fn prepare_file(core: &Core, spec: SnapshotFile) -> Result<Prep
     }
     let file = NewFile::create(core, &spec, &base).await?;
     match open(core, &spec, file.current(), &base).await {
-        Ok(overlay) => Ok(PreparedSnapshot { base, overlay, origin: Origin::Created(file) }),
+        Ok(overlay) => {
+            Ok(PreparedSnapshot { base, overlay, origin: Origin::Created(file), rested: false })
+        }
         Err(error) => {
             file.undo(core).await;
             Err(error)
@@ -143,12 +147,6 @@ pub(crate) async fn prepare_file(core: &Core, spec: SnapshotFile) -> Result<Prep
 
 /// Refuses a node that somebody would go on writing below the overlay.
 fn check_base(core: &Core, base: &Rc<Node>) -> Result<()> {
-    if !base.is_active() {
-        let (child, parent) = (base.name().to_string(), "the overlay".to_owned());
-        return Err(
-            Error::from(GraphError::InactiveChild { child, edge: "backing", parent }).into()
-        );
-    }
     let manager = JobManager::of(core);
     let busy = |kind: &'static str| JobError::BusyWithJob { node: (*base.name()).into(), kind };
     let id = base.id();
@@ -184,10 +182,16 @@ fn stays_below(manager: &JobManager, base: &Rc<Node>) -> Option<&'static str> {
     })
 }
 
-fn check_overlay(core: &Core, overlay: &Rc<Node>) -> Result<()> {
-    if !overlay.is_active() {
+/// Refuses an inactive overlay for guests who do not let their disk be inactive.
+fn check_activity(base: &Node, overlay: &Node) -> Result<()> {
+    if !overlay.is_active() && base.is_held_active() {
         return Err(Error::from(GraphError::InactivePermission("write")).into());
     }
+    Ok(())
+}
+
+fn check_overlay(core: &Core, base: &Node, overlay: &Rc<Node>) -> Result<()> {
+    check_activity(base, overlay)?;
     let reads = |permissions: &Permissions| permissions.perm & Permissions::CONSISTENT_READ != 0;
     if overlay.uses().iter().any(|(_, permissions)| reads(permissions)) {
         return Err(SnapshotError::OverlayInUse.into());
@@ -230,9 +234,20 @@ impl PreparedSnapshot {
     /// Gives a created file its name, and makes the flush inside the cut short.
     pub(crate) async fn publish(&mut self, core: &Core) -> Result<()> {
         flush_ahead(&self.base).await;
+        if !self.base.is_active() && self.overlay.is_active() {
+            // As the peer: who stops a machine and gives its disks away may take snapshots then.
+            Graph::of(core).inactivate(&self.overlay, CUT_WAIT_NS).await?;
+            self.rested = true;
+        }
         self.check(core)?;
         match &mut self.origin {
-            Origin::Created(file) => file.publish(core).await,
+            Origin::Created(file) => {
+                file.publish(core).await?;
+                if let Storage::File(open) = self.overlay.format().data_storage() {
+                    open.renamed(&file.path);
+                }
+                Ok(())
+            }
             Origin::Client | Origin::Opened => Ok(()),
         }
     }
@@ -240,6 +255,12 @@ impl PreparedSnapshot {
     /// With the gates closed: what was true when it was prepared may have changed since.
     pub(crate) fn check(&self, core: &Core) -> Result<()> {
         check_base(core, &self.base)?;
+        if !self.base.is_active() && self.overlay.is_active() {
+            let (child, parent) = (self.base.name().to_string(), self.overlay.name().to_string());
+            let edge = "backing";
+            return Err(Error::from(GraphError::InactiveChild { child, edge, parent }).into());
+        }
+        check_activity(&self.base, &self.overlay)?;
         if self.base.is_stale() {
             let kind = Kind::Commit.name();
             return Err(JobError::BusyWithJob { node: (*self.base.name()).into(), kind });
@@ -282,6 +303,11 @@ impl PreparedSnapshot {
     /// Undoes what was prepared and published.
     pub(crate) async fn abort(self, core: &Core) {
         if matches!(self.origin, Origin::Client) {
+            if self.rested
+                && let Err(error) = Graph::of(core).activate(&self.overlay, CUT_WAIT_NS).await
+            {
+                tracing::warn!(%error, "the overlay of a failed snapshot is still inactive");
+            }
             return;
         }
         if let Err(error) = Graph::of(core).remove(&self.overlay).await {

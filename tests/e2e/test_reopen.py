@@ -222,6 +222,77 @@ async def bitmaps_are_those_that_the_file_holds_when_a_node_is_activated(world):
 
 
 @case("ours")
+async def no_job_begins_at_an_inactive_node(world):
+    # The peer aborts at the first of them.
+    d = await world.daemon()
+    await open_chain(world, d)
+    await images.create(world.path("t.qcow2"), 4 * MIB)
+    await d.cmd("blockdev-add", driver="qcow2", node_name="t",
+                file={"driver": "file", "filename": world.path("t.qcow2")})
+    await d.cmd("blockdev-set-active", node_name="c", active=False)
+    for command, arguments in (
+            ("block-stream", {"device": "c"}), ("block-commit", {"device": "c"}),
+            ("block-commit", {"device": "c", "top-node": "b"}),
+            ("blockdev-mirror", {"device": "c", "target": "t", "sync": "full"}),
+            ("blockdev-mirror", {"device": "t", "target": "c", "sync": "full"}),
+            ("blockdev-backup", {"device": "c", "target": "t", "sync": "full"}),
+            ("blockdev-backup", {"device": "t", "target": "c", "sync": "full"})):
+        _, desc = await d.refused(command, dict(arguments, **{"job-id": "j"}))
+        assert "nactive" in desc, (command, desc)
+    assert await d.cmd("query-jobs") == []
+    await d.cmd("blockdev-set-active", active=True)
+    await d.cmd("block-commit", device="c", job_id="j")
+    await d.wait_event("BLOCK_JOB_READY")
+    await d.cmd("job-complete", id="j")
+    await d.job_gone("j")
+
+
+@case("ours")
+async def a_snapshot_into_a_new_file_of_an_inactive_disk_is_taken_and_activated(world):
+    d = await world.daemon()
+    await open_chain(world, d)
+    await d.cmd("blockdev-set-active", node_name="c", active=False)
+    for name in "ef":
+        await d.cmd("blockdev-snapshot-sync", node_name="c" if name == "e" else "e",
+                    snapshot_file=world.path(f"{name}.qcow2"), snapshot_node_name=name)
+    for turn in (1, 2):
+        await d.cmd("blockdev-set-active", active=True)
+        uri = await d.export("f", export_id=f"e{turn}", name=f"e{turn}")
+        await images.tool("qemu-io", "-f", "raw", "-c", f"write -P {turn} {turn}M 64k", uri)
+        mark = d.mark()
+        await d.cmd("block-export-del", id=f"e{turn}")
+        await d.wait_event("BLOCK_EXPORT_DELETED", since=mark)
+        await d.cmd("blockdev-set-active", active=False)
+        # Another process writes meanwhile, which is seen.
+        await images.tool("qemu-io", "-c", f"write -P 9 {turn}M 4k", world.path("f.qcow2"))
+    uri = await d.export("f", export_id="last", name="last")
+    await images.tool("qemu-io", "-f", "raw", "-c", "read -P 9 1M 4k", "-c", "read -P 2 2052k 60k",
+                      uri)
+    await d.quit()
+    await images.check(world.path("f.qcow2"))
+
+
+@case("ours")
+async def a_failed_transaction_takes_an_overlay_of_an_inactive_disk_back(world):
+    d = await world.daemon()
+    await open_chain(world, d)
+    await images.create(world.path("o.qcow2"), 4 * MIB)
+    await d.cmd("blockdev-add", driver="qcow2", node_name="o", backing=None,
+                file={"driver": "file", "filename": world.path("o.qcow2")})
+    await d.cmd("blockdev-set-active", node_name="c", active=False)
+    before = await state(d)
+    snapshot = {"type": "blockdev-snapshot", "data": {"node": "c", "overlay": "o"}}
+    await d.refused("transaction", actions=[snapshot, {"type": "abort", "data": {}}])
+    assert await state(d) == before
+    await d.cmd("transaction", actions=[snapshot])
+    rows = await d.cmd("query-named-block-nodes", flat=True)
+    assert not any(row["active"] for row in rows if row["node-name"] in ("c", "o"))
+    await d.cmd("blockdev-set-active", active=True)
+    await d.export("o")
+    await d.quit()
+
+
+@case("ours")
 async def a_raw_disk_is_not_moved_under_who_relies_on_it(world):
     # The peer moves it under a mirror, whose target then keeps the old bytes.
     path, target = world.path("r.raw"), world.path("t.raw")

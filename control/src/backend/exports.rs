@@ -53,19 +53,20 @@ impl Control {
             return Err(Failure::generic("Option 'fixed-iothread' needs 'iothread'"));
         }
         let ExportKind::Nbd(nbd) = export.kind.clone();
-        if !node.is_active() {
+        if !node.is_active() && !export.allow_inactive {
             // As the peer: who is exported is in use here.
             self.graph.activate(&node, CUT_WAIT_NS).await?;
         }
-        if export.writable && !node.is_writable() {
-            return Err(ExportError::ReadOnlyNode.into());
-        }
         let user = User::Guest { name: export.id.as_str().into() };
-        let disk =
-            Disk::attach(&node, user, export.writable).map_err(|error| match error.kind() {
-                ErrorKind::ReadOnly => ExportError::ReadOnlyNode.into(),
-                _ => Failure::from(error),
-            })?;
+        let attached = if export.allow_inactive {
+            Disk::attach_resting(&node, user, export.writable)
+        } else {
+            Disk::attach(&node, user, export.writable)
+        };
+        let disk = attached.map_err(|error| match error.kind() {
+            ErrorKind::ReadOnly => ExportError::ReadOnlyNode.into(),
+            _ => Failure::from(error),
+        })?;
         let contexts = self.contexts(&node, &nbd, &export)?;
         self.exports.add_nbd(ExportSpec {
             contexts,

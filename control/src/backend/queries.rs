@@ -35,7 +35,7 @@ impl Control {
         info.insert("active".to_owned(), json!(node.is_active()));
         info.insert("image".to_owned(), image_info(node, flat));
         info.insert("iops_wr".to_owned(), json!(0));
-        info.insert("ro".to_owned(), json!(!is_shown_writable(node)));
+        info.insert("ro".to_owned(), json!(!node.is_writable_when_active()));
         info.insert("node-name".to_owned(), json!(&*node.name()));
         let mut depth = 0;
         if let Some(backing) = node.backing() {
@@ -136,11 +136,6 @@ impl Control {
         };
         self.exports.list().iter().map(row).collect()
     }
-}
-
-/// An inactive node shows what it will be again.
-fn is_shown_writable(node: &Node) -> bool {
-    if node.is_active() { node.is_writable() } else { node.is_asked_writable() }
 }
 
 fn insert_some(row: &mut Value, name: &str, value: Option<Value>) {

@@ -77,8 +77,7 @@ impl Graph {
         let mut at = 0;
         while let Some(node) = list.get(at).cloned() {
             at += 1;
-            let outside = |user: &User| matches!(user, User::Guest { .. } | User::Job { .. });
-            if node.users().iter().any(outside) {
+            if node.is_held_active() {
                 return Err(GraphError::CannotInactivate.into());
             }
             for child in node.backing().into_iter().chain(node.file()).chain(node.data_file()) {

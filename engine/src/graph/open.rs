@@ -424,6 +424,7 @@ impl Graph {
         let direct = file.options.as_ref().unwrap_or(&spec.options).direct;
         let options = |writable| FileOptions {
             path: file.path.clone(),
+            shown_as: file.shown_as.clone(),
             writable,
             direct,
             create_new: false,

@@ -19,6 +19,11 @@ impl Node {
         !self.inactive.get()
     }
 
+    /// Whether it takes writes, or would if it were active.
+    pub fn is_writable_when_active(&self) -> bool {
+        if self.is_active() { self.is_writable() } else { self.is_asked_writable() }
+    }
+
     /// Whether its users want it writable, also while it is inactive.
     pub fn is_asked_writable(&self) -> bool {
         self.asked_writable.get()

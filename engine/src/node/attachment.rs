@@ -64,13 +64,31 @@ impl Disk {
             return Err(Error::new(ErrorKind::ReadOnly, "attach").on(&node.name()));
         }
         let guard = Node::use_by(node, user, Permissions::of_guest(writable))?;
+        Ok(Self::at(node, guard, writable))
+    }
+
+    /// Attaches `user` to `node`, which may be inactive, now and later: writes and flushes are
+    /// refused then, and reads find what the file holds.
+    ///
+    /// # Errors
+    /// As [`Disk::attach`]; an inactive node is writable if it would be so when it is active.
+    pub fn attach_resting(node: &Rc<Node>, user: User, writable: bool) -> Result<Self> {
+        let node = &node.served();
+        if writable && !node.is_writable_when_active() {
+            return Err(Error::new(ErrorKind::ReadOnly, "attach").on(&node.name()));
+        }
+        let guard = Node::use_resting(node, user, Permissions::of_guest(writable))?;
+        Ok(Self::at(node, guard, writable))
+    }
+
+    fn at(node: &Rc<Node>, guard: UserGuard, writable: bool) -> Self {
         let attachment = Rc::new(Attachment {
             node: RefCell::new(Rc::clone(node)),
             user: RefCell::new(guard),
             writable: Cell::new(writable),
         });
         node.attachments.borrow_mut().push(Rc::downgrade(&attachment));
-        Ok(Self { core: node.core().clone(), attachment })
+        Self { core: node.core().clone(), attachment }
     }
 
     /// The node that serves the disk now.

@@ -291,6 +291,10 @@ pub(super) fn start_flush(target: Target, core: &crate::executor::Core) -> Recei
     core.spawn(Class::Guest, async move {
         let admitted = target.admit().await;
         let mut counting = Counting::admitted(&admitted.node, Work::Flush, 0);
+        if !admitted.node.is_active() {
+            // Another process has the image; nothing of it is ours to make durable.
+            return Err(Error::new(ErrorKind::ReadOnly, "flush").on(&admitted.node.name()));
+        }
         counting.begun();
         flush_node(&admitted.node).await?;
         counting.done();

@@ -148,6 +148,8 @@ struct Entry {
     id: u64,
     user: User,
     permissions: Permissions,
+    /// Whether the node may be inactive under it.
+    rests: bool,
 }
 
 /// The users of a node.
@@ -169,7 +171,7 @@ impl Users {
     fn insert(&self, node: &Rc<Node>, user: User, permissions: Permissions) -> UserGuard {
         let id = self.next.get();
         self.next.set(id + 1);
-        self.entries.borrow_mut().push(Entry { id, user, permissions });
+        self.entries.borrow_mut().push(Entry { id, user, permissions, rests: false });
         UserGuard { node: Rc::downgrade(node), id }
     }
 
@@ -181,7 +183,11 @@ impl Users {
             old.users.entries.borrow().iter().find(|entry| entry.id == guard.id).cloned()
         });
         let entry = entry.expect("invariant: the guard of a use is held as long as the use");
-        self.insert(node, entry.user, entry.permissions)
+        let moved = self.insert(node, entry.user, entry.permissions);
+        if entry.rests {
+            moved.rest();
+        }
+        moved
     }
 }
 
@@ -199,6 +205,15 @@ impl UserGuard {
             used.id() == node.id()
                 && own.is_some_and(|entry| matches!(entry.user, User::Overlay { .. }))
         })
+    }
+
+    /// The node may be inactive under this use from now on.
+    fn rest(&self) {
+        let Some(node) = self.node.upgrade() else { return };
+        let mut entries = node.users.entries.borrow_mut();
+        if let Some(entry) = entries.iter_mut().find(|entry| entry.id == self.id) {
+            entry.rests = true;
+        }
     }
 
     /// Changes what this use needs and tolerates. The caller makes sure that it fits.
@@ -223,6 +238,33 @@ impl Node {
             return Err(Error::new(ErrorKind::Busy, "use").with_source(source));
         }
         Self::use_unseen(node, user, permissions)
+    }
+
+    /// Admits a user who lets the node be inactive, now and later: it can only read then.
+    ///
+    /// # Errors
+    /// As [`Node::use_by`].
+    pub(crate) fn use_resting(
+        node: &Rc<Self>,
+        user: User,
+        permissions: Permissions,
+    ) -> Result<UserGuard> {
+        let active =
+            if node.is_active() { permissions } else { Permissions { perm: 0, ..permissions } };
+        let guard = Self::use_by(node, user, active)?;
+        guard.set_permissions(permissions);
+        guard.rest();
+        Ok(guard)
+    }
+
+    /// Whether a front door or a job has the node that does not let it be inactive.
+    pub fn is_held_active(&self) -> bool {
+        let entries = self.users.entries.borrow();
+        entries.iter().any(|entry| match entry.user {
+            User::Guest { .. } => !entry.rests,
+            User::Job { .. } => true,
+            _ => false,
+        })
     }
 
     /// Admits a user who vouches that what the node lost its meaning by does not show through it.

@@ -32,6 +32,8 @@ use crate::ranges::RangeLocks;
 pub struct FileOptions {
     /// Its path.
     pub path: PathBuf,
+    /// What errors call it, if its path is a temporary one.
+    pub shown_as: Option<PathBuf>,
     /// Open for writing.
     pub writable: bool,
     /// Bypass the page cache (O_DIRECT).
@@ -49,7 +51,7 @@ pub struct FileOptions {
 pub struct File {
     core: Core,
     name: String,
-    path: PathBuf,
+    path: RefCell<PathBuf>,
     beneath: Option<PathBuf>,
     direct: bool,
     handle: RefCell<Rc<Handle>>,
@@ -124,7 +126,7 @@ impl File {
     /// What the system reports, with the path; `InvalidArgument` naming what the path is if it is
     /// neither a regular file nor a block device.
     pub async fn open(core: &Core, options: FileOptions) -> Result<Rc<Self>> {
-        let name = options.path.display().to_string();
+        let name = options.shown_as.as_ref().unwrap_or(&options.path).display().to_string();
         let spec = OpenSpec {
             path: options.path.clone(),
             writable: options.writable,
@@ -154,7 +156,7 @@ impl File {
         Ok(Rc::new(Self {
             core: core.clone(),
             name,
-            path: options.path,
+            path: RefCell::new(options.path),
             beneath: options.beneath,
             direct: options.direct,
             handle: RefCell::new(Rc::new(handle)),
@@ -182,9 +184,9 @@ impl File {
         &self.name
     }
 
-    /// The path.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The file was given another path.
+    pub fn renamed(&self, path: &Path) {
+        self.path.replace(path.to_path_buf());
     }
 
     /// Size in bytes.
@@ -211,7 +213,7 @@ impl File {
             return Ok(());
         }
         let spec = OpenSpec {
-            path: self.path.clone(),
+            path: self.path.borrow().clone(),
             writable: true,
             direct: self.direct,
             create_new: false,
@@ -223,7 +225,7 @@ impl File {
             _ => return Err(Error::os(-done.result, "open for writing").on(&self.name)),
         };
         if facts.identity != self.facts.identity {
-            let source = Replaced(self.path.clone());
+            let source = Replaced(self.path.borrow().clone());
             return Err(Error::new(ErrorKind::InvalidArgument, "open").with_source(source));
         }
         self.handle.replace(Rc::new(handle));
@@ -279,7 +281,8 @@ impl File {
     /// # Errors
     /// What the system reports.
     pub async fn look_again(&self) -> Result<()> {
-        let found = super::paths::stat(&self.core, &self.path).await?;
+        let path = self.path.borrow().clone();
+        let found = super::paths::stat(&self.core, &path).await?;
         if found.identity == self.facts.identity && !found.block_device {
             self.size.set(found.size);
         }

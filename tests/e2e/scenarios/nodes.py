@@ -1,5 +1,6 @@
 """Nodes that are added inactive, and what blockdev-reopen changes of those that are there."""
 
+from rig import images
 from rig.scenario import CLUSTER, MIB, SIZE, scenario
 
 
@@ -150,3 +151,84 @@ async def reopened_options_of_qcow2(s):
     for given in ({"lazy-refcounts": True}, {"discard-no-unref": True}, {}):
         await s.cmd("blockdev-reopen", options=[
             dict(given, **{"driver": "qcow2", "node-name": "o", "file": "o-file"})])
+
+
+async def tried(s, node, *commands):
+    """What an NBD client is told that tries each of these."""
+    told = []
+    for command in commands:
+        mode = ["-r"] if command.startswith("read") else []
+        code, out, err = await images.tool("qemu-io", *mode, "-f", "raw", "-c", command,
+                                           s.d.uri(node), check=False)
+        failed = [line for line in (out + err).splitlines() if "failed" in line]
+        told.append([command, code, failed])
+    s.d.record.append(("reply", "tried", told))
+
+
+@scenario
+async def exports_of_inactive_nodes(s):
+    await s.start()
+    await s.image("a", [(0x31, 0, MIB)])
+    await s.open("a", active=False)
+    shown = {"type": "nbd", "id": "e", "node-name": "a", "writable": True}
+    kinds = [f"write -P 50 0 {CLUSTER}", f"write -z 0 {CLUSTER}", f"discard 0 {CLUSTER}", "flush"]
+    for given in ({}, {"allow-inactive": False}, {"allow-inactive": True}):
+        await s.cmd("block-export-add", dict(shown, **given))
+        await activity(s)
+        await s.cmd("query-block-exports")
+        await s.cmd("blockdev-set-active", node_name="a", active=False)
+        await activity(s)
+        if given.get("allow-inactive"):
+            await tried(s, "a", f"read -P 49 0 {CLUSTER}", *kinds, f"read -P 49 0 {CLUSTER}")
+            await s.cmd("blockdev-set-active", node_name="a", active=True)
+            await tried(s, "a", *kinds)
+            await s.cmd("blockdev-set-active", active=False)
+            await activity(s)
+            await tried(s, "a", f"read -P 0 0 {CLUSTER}", *kinds)
+        mark = s.d.mark()
+        await s.cmd("block-export-del", id="e")
+        await s.event("BLOCK_EXPORT_DELETED", since=mark)
+        await s.cmd("blockdev-set-active", node_name="a", active=False)
+        await activity(s)
+
+
+@scenario
+async def a_read_only_export_of_an_inactive_node(s):
+    await s.start()
+    await s.image("a", [(0x31, 0, MIB)])
+    await s.open("a", active=False, read_only=True)
+    await s.cmd("block-export-add", type="nbd", id="w", node_name="a", writable=True,
+                allow_inactive=True)
+    await s.cmd("block-export-add", type="nbd", id="e", node_name="a", allow_inactive=True)
+    await activity(s)
+    await tried(s, "a", f"read -P 49 0 {CLUSTER}")
+    await s.cmd("blockdev-set-active", node_name="a", active=True)
+    await activity(s)
+    await tried(s, "a", f"read -P 49 0 {CLUSTER}")
+
+
+@scenario
+async def snapshots_of_inactive_nodes(s):
+    await s.start()
+    await s.image("a", [(0x31, 0, MIB)])
+    for name in "bcd":
+        await s.image(name, backing="a")
+    # One that is added inactive stays writable below its overlay in the peer.
+    await s.open("a")
+    await s.cmd("blockdev-set-active", node_name="a", active=False)
+    await s.open("b")
+    await s.open("c", active=False)
+    await s.open("d", active=False)
+    await s.image("t")
+    await s.open("t")
+    await s.cmd("blockdev-snapshot", node="t", overlay="c")
+    await activity(s)
+    await s.cmd("blockdev-snapshot", node="a", overlay="b")
+    await s.graph()
+    await activity(s)
+    await s.cmd("blockdev-snapshot", node="b", overlay="d")
+    await s.graph()
+    await activity(s)
+    await s.cmd("blockdev-set-active", active=True)
+    await s.graph()
+    await activity(s)
