@@ -70,8 +70,13 @@ async def backup(world, busy, sync="full"):
     await images.create(e, SIZE)
     await d.add_qcow2("node-E", e)
     t1 = now()
-    await d.cmd("blockdev-backup", device="node-B", target="node-E", sync=sync, job_id="job0")
+    slow = {"speed": 1} if busy else {}
+    await d.cmd("blockdev-backup", device="node-B", target="node-E", sync=sync, job_id="job0",
+                **slow)
     t2 = now()
+    if busy:
+        await guest.progress()
+        await d.cmd("block-job-set-speed", device="job0", speed=0)
     done = await d.wait_event("BLOCK_JOB_COMPLETED", device="job0")
     t3 = now()
     assert "error" not in done and done["len"] == done["offset"], done

@@ -196,7 +196,22 @@ class Daemon:
             note(("error", name, (kind, desc)))
             raise Refused(name, kind, desc) from None
         note(("reply", name, value))
+        if arguments.get("speed") == 1 and "job-id" in arguments:
+            await self._under_way(arguments["job-id"])
         return value
+
+    async def _under_way(self, job):
+        """Waits until a slow job knows its length: what is told of it depends on no race then.
+
+        Not for long, because some have none.
+        """
+        limit = time.monotonic() + 2
+        while time.monotonic() < limit:
+            rows = await asyncio.wait_for(self.client.execute("query-jobs"), WAIT_SECONDS)
+            row = next((row for row in rows if row["id"] == job), None)
+            if row is None or row["total-progress"] > 0:
+                return
+            await asyncio.sleep(0.01)
 
     async def refused(self, name, /, arguments=None, **kw):
         """Executes a command that must fail; returns (class, desc)."""
