@@ -248,6 +248,26 @@ async def no_job_begins_at_an_inactive_node(world):
 
 
 @case("ours")
+async def the_file_of_an_inactive_image_has_one_writer(world):
+    # The peer takes the exports and cannot activate the image then.
+    d = await world.daemon()
+    path = await images.create(world.path("a.qcow2"), 4 * MIB)
+    await d.cmd("blockdev-add", driver="file", node_name="af", filename=path)
+    await d.cmd("blockdev-add", driver="qcow2", node_name="a", file="af")
+    await d.cmd("blockdev-set-active", active=False)
+    for inactive in (True, False):
+        _, desc = await d.refused("block-export-add", {
+            "type": "nbd", "id": "e", "node-name": "af", "writable": True,
+            "allow-inactive": inactive})
+        assert "Permission conflict on node 'af'" in desc and "by node 'a'" in desc, desc
+    await d.cmd("blockdev-set-active", active=True)
+    uri = await d.export("a")
+    await images.tool("qemu-io", "-f", "raw", "-c", "write -P 3 0 64k", uri)
+    await d.quit()
+    await images.check(path)
+
+
+@case("ours")
 async def a_snapshot_into_a_new_file_of_an_inactive_disk_is_taken_and_activated(world):
     d = await world.daemon()
     await open_chain(world, d)
@@ -260,7 +280,7 @@ async def a_snapshot_into_a_new_file_of_an_inactive_disk_is_taken_and_activated(
         uri = await d.export("f", export_id=f"e{turn}", name=f"e{turn}")
         await images.tool("qemu-io", "-f", "raw", "-c", f"write -P {turn} {turn}M 64k", uri)
         mark = d.mark()
-        await d.cmd("block-export-del", id=f"e{turn}")
+        await d.cmd("block-export-del", id=f"e{turn}", mode="hard")
         await d.wait_event("BLOCK_EXPORT_DELETED", since=mark)
         await d.cmd("blockdev-set-active", active=False)
         # Another process writes meanwhile, which is seen.

@@ -24,7 +24,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 
 use super::path::Layer;
-use super::places::Places;
+use super::places::{Generations, Places};
 use super::reads::ReadWatch;
 use crate::address::{GuestRange, HostOffset};
 use crate::format::{Extent, Extents, Format, Mapping};
@@ -53,7 +53,7 @@ pub(crate) struct ChainIndex {
     layers: usize,
     granule: u64,
     table: RefCell<Table>,
-    places: RefCell<Rc<Places>>,
+    places: Generations,
     lookups: Cell<u64>,
     placed: Cell<u64>,
     probes: Cell<u64>,
@@ -114,7 +114,7 @@ impl ChainIndex {
             layers: layers.len(),
             granule: granule.clamp(*CHAIN_GRANULE.start(), *CHAIN_GRANULE.end()),
             table: RefCell::default(),
-            places: RefCell::default(),
+            places: Generations::default(),
             lookups: Cell::new(0),
             placed: Cell::new(0),
             probes: Cell::new(0),
@@ -166,7 +166,7 @@ impl ChainIndex {
             let granules = size / self.granule + 1;
             table.prepare(self.layers, granules / SLICE as u64 + 1);
             let memory = self.layers * CHAIN_INDEX_BYTES / 8;
-            self.places.replace(Places::new(Places::count(memory, granules)));
+            self.places.begin(Places::count(memory, granules));
         }
         table.learn(granule, number, &found);
     }
@@ -179,10 +179,9 @@ impl ChainIndex {
         if range.len > self.granule - into {
             return None;
         }
-        let places = self.places.borrow();
-        let (layer, host) = places.get(granule)?;
+        let (layer, host, places) = self.places.get(granule)?;
         self.placed.set(self.placed.get() + 1);
-        Some((usize::from(layer), host.plus(into), Rc::clone(&places)))
+        Some((usize::from(layer), host.plus(into), places))
     }
 
     /// A layer had the byte `at` as data: remembers where, if its granule lies in one piece.
@@ -193,7 +192,7 @@ impl ChainIndex {
         let wanted = self.table.borrow().settled(granule) == Some(number)
             && !looked.state.is_writable()
             && range.end().bytes() <= looked.format.size()
-            && self.places.borrow().wants(granule);
+            && self.places.now().wants(granule);
         if !wanted {
             return;
         }
@@ -204,7 +203,7 @@ impl ChainIndex {
         if let [Extent { len, mapping: Mapping::Data(host) }] = extents[..]
             && len == self.granule
         {
-            self.places.borrow().enter(granule, number, host);
+            self.places.now().enter(granule, number, host);
         }
         drop(lease);
     }
@@ -266,7 +265,7 @@ impl ChainIndex {
     /// Forgets everything, because `changed` does; reads on their way still find what it had.
     fn reset(&self, changed: &dyn Format) {
         *self.table.borrow_mut() = Table::default();
-        self.places.take().give_up(changed.lease());
+        self.places.end(|| changed.lease());
     }
 
     /// What it has done so far.
@@ -276,7 +275,7 @@ impl ChainIndex {
             placed: self.placed.get(),
             probes: self.probes.get(),
             scans: self.scans.get(),
-            bytes: (self.table.borrow().bytes() + self.places.borrow().bytes()) as u64,
+            bytes: (self.table.borrow().bytes() + self.places.now().bytes()) as u64,
         }
     }
 }

@@ -6,10 +6,11 @@
 //!    layer above has: as true as the chain's index, and emptied with it.
 //! 2. A read that goes by a place holds no lease of the layer but the [`Places`] themselves. When a
 //!    layer of the chain becomes writable, a lease on all that it has is put into them before they
-//!    are replaced: the layer reuses nothing until the last such read is over.
+//!    are replaced, and into those that were replaced before and are still in use: the layer reuses
+//!    nothing until the last such read is over.
 
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use crate::address::HostOffset;
 use crate::lease::Lease;
@@ -33,19 +34,62 @@ pub(crate) struct Places {
     leases: RefCell<Vec<Lease>>,
 }
 
+/// The places of a chain now, and those before that reads on their way still go by.
+#[derive(Default)]
+pub(super) struct Generations {
+    now: RefCell<Rc<Places>>,
+    former: RefCell<Vec<Weak<Places>>>,
+}
+
+impl Generations {
+    /// The places of now.
+    pub(super) fn now(&self) -> Rc<Places> {
+        Rc::clone(&self.now.borrow())
+    }
+
+    /// Where `granule` is, and the places that are to be kept while it is read there.
+    pub(super) fn get(&self, granule: u64) -> Option<(u8, HostOffset, Rc<Places>)> {
+        let now = self.now.borrow();
+        let (layer, host) = now.get(granule)?;
+        Some((layer, host, Rc::clone(&now)))
+    }
+
+    /// An empty table of `count` places from now on.
+    pub(super) fn begin(&self, count: usize) {
+        self.replace(Places::new(count));
+    }
+
+    /// Nothing is to be found any more. Every generation that a read goes by gets a `lease` on the
+    /// layer that becomes writable.
+    pub(super) fn end(&self, lease: impl Fn() -> Option<Lease>) {
+        self.replace(Rc::default());
+        for places in self.former.borrow().iter().filter_map(Weak::upgrade) {
+            places.leases.borrow_mut().extend(lease());
+        }
+    }
+
+    fn replace(&self, places: Rc<Places>) {
+        let former = self.now.replace(places);
+        former.table.borrow_mut().clear();
+        let mut list = self.former.borrow_mut();
+        list.retain(|places| places.strong_count() > 0);
+        list.push(Rc::downgrade(&former));
+    }
+}
+
 fn key(granule: u64, layer: u8) -> u64 {
     (granule + 1) << 8 | u64::from(layer)
 }
 
 impl Places {
     /// An empty table of `count` places, a power of two.
-    pub(super) fn new(count: usize) -> Rc<Self> {
+    fn new(count: usize) -> Rc<Self> {
         let table = RefCell::new(vec![Place::default(); count]);
         Rc::new(Self { table, refused: Cell::new(0), leases: RefCell::default() })
     }
 
     /// The layer that has `granule` first, and where the granule starts in it.
-    pub(super) fn get(&self, granule: u64) -> Option<(u8, HostOffset)> {
+    fn get(&self, granule: u64) -> Option<(u8, HostOffset)> {
         let table = self.table.borrow();
         let place = table.get(granule as usize & table.len().wrapping_sub(1))?;
         let layer = place.key as u8;
@@ -70,12 +114,6 @@ impl Places {
         if let Some(place) = table.get_mut(at) {
             *place = Place { key: key(granule, layer), host: host.bytes() };
         }
-    }
-
-    /// Nothing is to be found any more; reads on their way keep `lease` alive.
-    pub(super) fn give_up(&self, lease: Option<Lease>) {
-        self.table.borrow_mut().clear();
-        self.leases.borrow_mut().extend(lease);
     }
 
     /// Bytes of memory.
@@ -111,16 +149,20 @@ mod tests {
 
     #[test]
     fn a_read_on_its_way_keeps_what_a_layer_had_when_it_became_writable() {
-        let epochs = Epochs::new();
-        let places = Places::new(4);
-        let read = Rc::clone(&places);
-        places.give_up(Some(epochs.lease()));
-        drop(places);
-        let freed = epochs.retire();
-        assert!(!epochs.quiesced(freed), "the read may still look there");
-        assert!(read.get(0).is_none());
+        let layers = [Epochs::new(), Epochs::new()];
+        let chain = Generations::default();
+        chain.begin(4);
+        let read = chain.now();
+        read.enter(0, 1, HostOffset::new(0));
+        for epochs in &layers {
+            chain.end(|| Some(epochs.lease()));
+            assert!(read.get(0).is_none() && chain.now().get(0).is_none());
+        }
+        let freed = layers.each_ref().map(|epochs| epochs.retire());
+        let quiesced = || (layers[0].quiesced(freed[0]), layers[1].quiesced(freed[1]));
+        assert_eq!(quiesced(), (false, false), "the read may look into either");
         drop(read);
-        assert!(epochs.quiesced(freed));
+        assert_eq!(quiesced(), (true, true));
     }
 
     #[test]

@@ -233,11 +233,17 @@ impl Node {
     /// `Busy` with a [`Conflict`] if another user excludes it, or if the content of the node means
     /// nothing any more ([`Node::is_stale`]).
     pub fn use_by(node: &Rc<Self>, user: User, permissions: Permissions) -> Result<UserGuard> {
-        if node.is_stale() && permissions.perm & Permissions::CONSISTENT_READ != 0 {
-            let source = GraphError::Stale(node.name().to_string());
+        node.check_stale(permissions)?;
+        Self::use_unseen(node, user, permissions)
+    }
+
+    /// Refuses readers of content that means nothing any more.
+    fn check_stale(&self, permissions: Permissions) -> Result<()> {
+        if self.is_stale() && permissions.perm & Permissions::CONSISTENT_READ != 0 {
+            let source = GraphError::Stale(self.name().to_string());
             return Err(Error::new(ErrorKind::Busy, "use").with_source(source));
         }
-        Self::use_unseen(node, user, permissions)
+        Ok(())
     }
 
     /// Admits a user who lets the node be inactive, now and later: it can only read then.
@@ -249,10 +255,11 @@ impl Node {
         user: User,
         permissions: Permissions,
     ) -> Result<UserGuard> {
-        let active =
-            if node.is_active() { permissions } else { Permissions { perm: 0, ..permissions } };
-        let guard = Self::use_by(node, user, active)?;
-        guard.set_permissions(permissions);
+        node.check_stale(permissions)?;
+        if let Some(conflict) = conflict(node, &user, permissions) {
+            return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
+        }
+        let guard = node.users.insert(node, user, permissions);
         guard.rest();
         Ok(guard)
     }
