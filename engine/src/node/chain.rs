@@ -197,7 +197,9 @@ impl ChainIndex {
             return;
         }
         // Without a lease on the whole layer nothing can be kept for the reads on their way.
-        let Some(lease) = looked.format.lease() else { return };
+        if looked.format.lease().is_none() {
+            return;
+        }
         let mut extents = Extents::new();
         drop(looked.format.resolve(range, &mut extents));
         if let [Extent { len, mapping: Mapping::Data(host) }] = extents[..]
@@ -205,7 +207,6 @@ impl ChainIndex {
         {
             self.places.now().enter(granule, number, host);
         }
-        drop(lease);
     }
 
     /// What a layer has in the slice of `granule`.

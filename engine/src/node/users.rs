@@ -256,10 +256,7 @@ impl Node {
         permissions: Permissions,
     ) -> Result<UserGuard> {
         node.check_stale(permissions)?;
-        if let Some(conflict) = conflict(node, &user, permissions) {
-            return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
-        }
-        let guard = node.users.insert(node, user, permissions);
+        let guard = Self::admit(node, user, permissions)?;
         guard.rest();
         Ok(guard)
     }
@@ -284,6 +281,11 @@ impl Node {
         permissions: Permissions,
     ) -> Result<UserGuard> {
         node.check_active_for(&user, permissions)?;
+        Self::admit(node, user, permissions)
+    }
+
+    /// Lets a user in whom nobody excludes.
+    fn admit(node: &Rc<Self>, user: User, permissions: Permissions) -> Result<UserGuard> {
         if let Some(conflict) = conflict(node, &user, permissions) {
             return Err(Error::new(ErrorKind::Busy, "use").with_source(conflict));
         }
