@@ -19,7 +19,13 @@ pub const RING_COMPLETIONS: u32 = 4096;
 pub const IO_WORKERS: u32 = 4;
 
 /// Threads of the blocking pool of an engine.
-pub const BLOCKING_THREADS: usize = 4;
+pub const BLOCKING_THREADS: usize = 64;
+
+/// Threads of the blocking pool that one file, the paths, or computing may have.
+pub const LANE_THREADS: usize = 4;
+
+/// Threads of the blocking pool that stay when there is nothing to do.
+pub const IDLE_THREADS: usize = 4;
 
 /// Tasks that one loop turn runs before it looks at completions.
 pub const TURN_TASKS: usize = 256;

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+use super::blocking::Lane;
 use super::{
     Descriptor, FallocateMode, FileFacts, FsOp, FsOutcome, Handle, IoClass, LockSpec, OpenSpec,
 };
@@ -26,6 +27,9 @@ const EXTENT_RUNS: usize = 4096;
 
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
+/// NFS, SMB, SMB2, CIFS, Ceph, 9P, AFS, FUSE (linux/magic.h and the drivers' headers).
+const REMOTE_MAGICS: [i64; 8] =
+    [0x6969, 0x517b, 0xfe53_4d42, 0xff53_4d42, 0x00c3_6400, 0x0102_1997, 0x5346_414f, 0x6573_5546];
 
 type Answer = Result<(i32, FsOutcome), Errno>;
 
@@ -71,6 +75,17 @@ impl FsCall {
         })
     }
 
+    /// What the call waits for.
+    pub(crate) fn lane(&self) -> Lane {
+        match self {
+            Self::Lock { fd, .. }
+            | Self::Extents { fd, .. }
+            | Self::Fallocate { fd, .. }
+            | Self::Truncate { fd, .. } => Lane::File(*fd),
+            _ => Lane::Paths,
+        }
+    }
+
     /// Does the call; a negative errno and no outcome on failure.
     pub(crate) fn run(self) -> (i32, FsOutcome) {
         let answer = match self {
@@ -113,7 +128,11 @@ fn open(spec: &OpenSpec) -> Answer {
         return Ok((-libc::EINVAL, FsOutcome::WrongKind(kind_name(kind))));
     }
     let facts = facts(&file, &metadata, spec)?;
-    let class = if is_memory_backed(file.as_raw_fd()) { IoClass::Inline } else { IoClass::Ring };
+    let class = match file_system(file.as_raw_fd()) {
+        Some(TMPFS_MAGIC | RAMFS_MAGIC) => IoClass::Inline,
+        Some(magic) if REMOTE_MAGICS.contains(&magic) => IoClass::Blocking,
+        _ => IoClass::Ring,
+    };
     let handle = Handle { descriptor: Descriptor::Os(file.into()), class };
     Ok((0, FsOutcome::Opened(handle, facts)))
 }
@@ -175,11 +194,21 @@ fn open_beneath(folder: &Path, path: &Path, flags: i32) -> Result<OwnedFd, Errno
 }
 
 fn is_memory_backed(fd: RawFd) -> bool {
+    matches!(file_system(fd), Some(TMPFS_MAGIC | RAMFS_MAGIC))
+}
+
+/// Whether another machine or program answers for the file.
+fn is_remote(fd: RawFd) -> bool {
+    file_system(fd).is_some_and(|magic| REMOTE_MAGICS.contains(&magic))
+}
+
+/// The magic number of the file system (statfs(2)).
+fn file_system(fd: RawFd) -> Option<i64> {
     // SAFETY: statfs is a plain C structure for which all-zero is valid.
     let mut facts: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: fd is open and facts is writable.
     let result = unsafe { libc::fstatfs(fd, &raw mut facts) };
-    result == 0 && matches!(facts.f_type, TMPFS_MAGIC | RAMFS_MAGIC)
+    (result == 0).then_some(facts.f_type)
 }
 
 fn facts(
@@ -198,7 +227,8 @@ fn facts(
     let identity =
         if block_device { (u64::MAX, metadata.rdev()) } else { (metadata.dev(), metadata.ino()) };
     let allocated = metadata.blocks().saturating_mul(512);
-    Ok(FileFacts { size, align, memory_align, identity, block_device, allocated })
+    let remote = is_remote(file.as_raw_fd());
+    Ok(FileFacts { size, align, memory_align, identity, block_device, allocated, remote })
 }
 
 /// Alignment of offsets and of memory for O_DIRECT on this file (statx DIOALIGN).
@@ -235,6 +265,7 @@ fn stat(path: &Path) -> Answer {
         identity: (metadata.dev(), metadata.ino()),
         block_device: kind.is_block_device(),
         allocated: metadata.blocks().saturating_mul(512),
+        remote: false,
     };
     Ok((0, FsOutcome::Facts(facts)))
 }

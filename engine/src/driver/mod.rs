@@ -11,6 +11,7 @@
 //! submitted to the kernel outside of `turn`.
 
 pub(crate) mod blocking;
+mod blocking_io;
 pub(crate) mod file_ops;
 pub(crate) mod ring;
 mod seam;

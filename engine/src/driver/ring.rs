@@ -3,7 +3,8 @@
 //! Flags are probed from the best set down (NO_SQARRAY, then DEFER_TASKRUN, then plain). Files on
 //! memory (tmpfs, ramfs) are served by pread/pwrite on the loop in pieces that fit the cache,
 //! within
-//! a byte budget per turn, because the ring would hand every such request to a worker thread.
+//! a byte budget per turn, because the ring would hand every such request to a worker thread. Files
+//! of other machines and programs (NFS, FUSE) are served by threads of the blocking pool.
 //!
 //! Order rules: (1) entries are pushed at `submit` and enter the kernel at the next `turn`, with at
 //! most one enter per turn (more only when the submission queue is full); (2) pointers into a slot
@@ -18,10 +19,12 @@ use std::time::Instant;
 use io_uring::types::{CancelBuilder, Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
-use super::blocking::BlockingPool;
+use super::blocking::{BlockingPool, Lane};
+use super::blocking_io::{BlockingIo, sync_data};
 use super::file_ops::FsCall;
 use super::{
-    Descriptor, Done, Driver, DriverCounters, Handle, IoClass, Nanos, OpKind, OpSlot, Token, Wait,
+    Descriptor, Done, Driver, DriverCounters, FsOutcome, Handle, IoClass, Nanos, OpKind, OpSlot,
+    Token, Wait,
 };
 use crate::buf::Buf;
 use crate::error::{Error, Result};
@@ -198,6 +201,12 @@ impl RingDriver {
             self.ready.push(Done { token, result: -libc::EBADF });
             return;
         };
+        if file.class == IoClass::Blocking {
+            let io = BlockingIo::new(fd, buf, offset, write, fua);
+            let mailbox = Arc::clone(&self.mailbox);
+            self.pool.run(Lane::File(fd), token, mailbox, move || (io.run(), FsOutcome::None));
+            return;
+        }
         let flags = if fua { libc::RWF_DSYNC } else { 0 };
         let mut segments = buf.raw_segments();
         let entry = match (segments.next(), segments.next()) {
@@ -271,6 +280,11 @@ impl Driver for RingDriver {
             OpKind::Read { .. } => self.start_io(token, slot, false),
             OpKind::Write { .. } => self.start_io(token, slot, true),
             OpKind::Sync { file } => match raw_fd(file) {
+                Some(fd) if file.class == IoClass::Blocking => {
+                    let mailbox = Arc::clone(&self.mailbox);
+                    let sync = move || (sync_data(fd), FsOutcome::None);
+                    self.pool.run(Lane::File(fd), token, mailbox, sync);
+                }
                 Some(fd) => {
                     let entry = opcode::Fsync::new(Fd(fd)).flags(FsyncFlags::DATASYNC).build();
                     self.push_op(token, entry);
@@ -279,15 +293,17 @@ impl Driver for RingDriver {
             },
             OpKind::Fs(op) => match FsCall::of(op) {
                 Some(call) => {
-                    self.pool.run(token, Arc::clone(&self.mailbox), move || call.run());
+                    let mailbox = Arc::clone(&self.mailbox);
+                    self.pool.run(call.lane(), token, mailbox, move || call.run());
                 }
                 None => self.ready.push(Done { token, result: -libc::EBADF }),
             },
             OpKind::Work(work) => {
                 let work = work.0.take();
-                self.pool.run(token, Arc::clone(&self.mailbox), move || {
+                let mailbox = Arc::clone(&self.mailbox);
+                self.pool.run(Lane::Computing, token, mailbox, move || {
                     work.into_iter().for_each(|work| work());
-                    (0, super::FsOutcome::None)
+                    (0, FsOutcome::None)
                 });
             }
             OpKind::Accept { .. } | OpKind::Recv { .. } | OpKind::Send { .. } => {

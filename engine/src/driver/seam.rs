@@ -32,6 +32,10 @@ pub(crate) enum IoClass {
     Ring,
     /// By pread/pwrite on the loop: memory-backed files, where the ring would punt each request.
     Inline,
+    /// By pread/pwrite on threads of the blocking pool: files that another machine or program
+    /// answers for. The ring would ask a FUSE server on the loop whether it may poll it, and a file
+    /// that hangs would keep the ring's few workers from others.
+    Blocking,
 }
 
 /// A descriptor with what the driver must know about it; shared by the operations on it.
@@ -56,6 +60,8 @@ pub(crate) struct FileFacts {
     pub(crate) block_device: bool,
     /// Bytes that the file takes on its device.
     pub(crate) allocated: u64,
+    /// Whether it lies on another machine or in another program (network, FUSE).
+    pub(crate) remote: bool,
 }
 
 /// How a file is opened.

@@ -95,6 +95,7 @@ impl Kernel {
             memory_align: usize::try_from(align).unwrap_or(1),
             identity: (DEVICE, inode),
             block_device: false,
+            remote: false,
         }
     }
 
