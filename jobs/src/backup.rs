@@ -8,9 +8,10 @@
 //! 4. the target is durable before the end is announced.
 //!
 //! A target that fails never reaches the guest, unless the client asked for that. Old content that
-//! a guest overwrote is written again by the policy of the job as long as the reserve holds it;
-//! beyond that the job fails.
+//! a guest overwrote is written again by the policy of the job. A reserve in memory and then the
+//! spill file hold it until then; beyond their bounds the job fails.
 
+use std::path::Path;
 use std::rc::Rc;
 
 use liveblk_engine::address::GuestRange;
@@ -19,13 +20,13 @@ use liveblk_engine::format::LocalFuture;
 use liveblk_engine::node::WriteHook;
 
 use crate::beside::{Seat, check_beside};
-use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Plan};
+use crate::copy::{BeforeWrite, Bounds, Copy, CopySetup, Plan, SpillPlan};
 use crate::error::{JobError, Result};
 use crate::event::Kind;
 use crate::fleecing::shows;
 use crate::job::Job;
 use crate::manager::JobManager;
-use crate::spec::{BackupSpec, SyncMode};
+use crate::spec::{BackupSpec, OnCbwError, SyncMode};
 use crate::start::{
     Body, HookSlot, Prepared, check_active, check_target, show_filter, use_bitmap, use_nodes,
 };
@@ -76,6 +77,7 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
         target: Rc::clone(&spec.target),
         granularity: spec.granularity(),
         before: BeforeWrite { on_error: spec.more.on_cbw_error, timeout_ns: None, overlay },
+        spill: spill_plan(&spec, overlay),
         bounds: bounds(&spec),
         all_dirty: !by_bitmap,
         whole_granules: true,
@@ -116,6 +118,24 @@ fn bounds(spec: &BackupSpec) -> Bounds {
         bounds.chunk = spec.more.max_chunk;
     }
     bounds
+}
+
+/// Where old content goes that the target does not take in time; nowhere if guests are to wait.
+fn spill_plan(spec: &BackupSpec, overlay: bool) -> Option<SpillPlan> {
+    let max = spec.more.spill.max.unwrap_or_else(|| spec.source.size());
+    if max == 0 || overlay || spec.more.on_cbw_error == OnCbwError::BreakGuestWrite {
+        return None;
+    }
+    let target = spec.target.local_path();
+    let name = target.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy());
+    let name = name.map_or_else(|| spec.target.name().to_string(), |name| name.into_owned());
+    let name = format!("{name}.{}.spill", spec.job.id);
+    let path = match &spec.more.spill.folder {
+        Some(folder) => folder.join(name),
+        None => target.or_else(|| spec.source.local_path())?.with_file_name(name),
+    };
+    let after = spec.more.spill.after.unwrap_or(u64::MAX);
+    Some(SpillPlan { path, max, after })
 }
 
 /// Lets a write go when the old content is safe.

@@ -19,7 +19,7 @@ use liveblk_engine::node::Node;
 
 use crate::copy::{Copy, EarlierReads};
 use crate::error::Result;
-use crate::event::Kind;
+use crate::event::{Kind, SpillInfo};
 use crate::follow_error::FollowError;
 use crate::job::Job;
 use crate::lifecycle::Status;
@@ -37,6 +37,10 @@ pub(crate) struct Seat {
 impl Seat {
     pub(crate) fn new(copy: &Rc<Copy>, slot: &Rc<HookSlot>) -> Rc<Self> {
         Rc::new(Self { copy: Rc::clone(copy), slot: Rc::clone(slot) })
+    }
+
+    pub(crate) fn spill_info(&self) -> Option<SpillInfo> {
+        self.copy.spill_info()
     }
 }
 

@@ -242,6 +242,7 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Re
         keeps_bytes: true,
         discard_source: false,
         before: BeforeWrite::default(),
+        spill: None,
         bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });

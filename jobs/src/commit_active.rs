@@ -70,6 +70,7 @@ fn prepare(job: Rc<Job>, spec: &CommitSpec, section: Rc<Section>, lot: Lot) -> R
         keeps_bytes: false,
         discard_source: false,
         before: BeforeWrite::default(),
+        spill: None,
         bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });

@@ -8,6 +8,7 @@ use liveblk_engine::ErrorKind;
 use crate::chain_error::ChainError;
 use crate::follow_error::FollowError;
 use crate::lifecycle::{Status, Verb};
+use crate::spill_error::SpillError;
 
 /// Result of job operations.
 pub type Result<T, E = JobError> = std::result::Result<T, E>;
@@ -125,6 +126,8 @@ pub enum JobError {
     },
     /// A rule of jobs that follow guests was broken.
     Follow(FollowError),
+    /// The spill file of a backup.
+    Spill(SpillError),
     /// More jobs or actions than a named bound.
     TooMany {
         /// What there are too many of.
@@ -384,6 +387,7 @@ impl fmt::Display for JobError {
                 write!(f, "Node '{node}' is busy: block device is in use by block job: {kind}")
             }
             Self::Follow(error) => error.fmt(f),
+            Self::Spill(error) => error.fmt(f),
             Self::TooMany { what, limit } => write!(f, "Too many {what} (at most {limit})"),
             Self::Create(error) => error.fmt(f),
             Self::Snapshot(error) => error.fmt(f),
@@ -470,6 +474,7 @@ impl StdError for JobError {
         match self {
             Self::Engine(error)
             | Self::Follow(FollowError::TargetCannotGrow { source: error, .. })
+            | Self::Spill(SpillError::Failed { source: error, .. })
             | Self::Create(CreateError::Resize { error, .. })
             | Self::Snapshot(
                 SnapshotError::File { source: error, .. }
@@ -483,6 +488,12 @@ impl StdError for JobError {
 impl From<liveblk_engine::Error> for JobError {
     fn from(error: liveblk_engine::Error) -> Self {
         Self::Engine(error)
+    }
+}
+
+impl From<SpillError> for JobError {
+    fn from(error: SpillError) -> Self {
+        Self::Spill(error)
     }
 }
 

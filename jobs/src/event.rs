@@ -147,6 +147,17 @@ pub enum Event {
     },
 }
 
+/// The spill file of a backup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpillInfo {
+    /// Its path.
+    pub file: String,
+    /// Bytes of old content in it that the target does not have yet.
+    pub bytes: u64,
+    /// Most bytes of it.
+    pub max: u64,
+}
+
 /// A row of `query-jobs`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobInfo {
@@ -189,6 +200,8 @@ pub struct BlockJobInfo {
     pub error: Option<String>,
     /// Where it is, if it is to be ready in time.
     pub converge: Option<ConvergeInfo>,
+    /// The spill file, if one was needed.
+    pub spill: Option<SpillInfo>,
     /// Mirror only: whether every write reaches the target before it is answered.
     pub actively_synced: Option<bool>,
 }

@@ -23,7 +23,8 @@ use liveblk_engine::executor::Core;
 use liveblk_engine::format::LocalFuture;
 use liveblk_engine::graph::{Graph, NewView, Swap, cut};
 use liveblk_engine::node::{
-    Node, NodeId, Origin, Permissions, Role, StatusExtent, User, UserGuard, View, WriteHook,
+    Node, NodeId, Origin, Permissions, Role, StatusExtent, StatusKind, User, UserGuard, View,
+    WriteHook,
 };
 use liveblk_engine::{Error, ErrorKind};
 
@@ -212,6 +213,7 @@ fn keeper(manager: &Rc<JobManager>, spec: &CopyBeforeWriteSpec, name: &str) -> R
         compress: false,
         keeps_bytes: true,
         discard_source: false,
+        spill: None,
         before: BeforeWrite { on_error: spec.on_error, timeout_ns: spec.timeout_ns, overlay },
         bounds: Bounds::default(),
         hold: Rc::new(()),
@@ -406,6 +408,7 @@ async fn read(copy: &Rc<Copy>, range: GuestRange, buf: &Buf) -> EngineResult<()>
                 copy.source().read(at, part, Origin::Derived).await?;
                 drop(reading);
             }
+            Piece::Kept(_) => copy.read_kept(run, part).await?,
             _ => copy.target().read(at, part, Origin::Derived).await?,
         }
         at += run.len;
@@ -420,6 +423,9 @@ async fn status(copy: &Rc<Copy>, range: GuestRange) -> EngineResult<Vec<StatusEx
         let piece = next_piece(copy, at, end).await?;
         let len = piece.range().len;
         let found = match piece {
+            Piece::Kept(_) => {
+                vec![StatusExtent { len, kind: StatusKind::Data, depth: 0, absent: false }]
+            }
             Piece::Source(run) => {
                 let reading = copy.begin_reading(run);
                 let found = copy.source().derived_status(at, len).await?;

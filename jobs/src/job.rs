@@ -535,6 +535,7 @@ impl Job {
             auto_dismiss: self.options.auto_dismiss,
             error: self.error_text(),
             converge: self.converge_info(),
+            spill: self.seat().and_then(|seat| seat.spill_info()),
             actively_synced: (self.kind == Kind::Mirror).then(|| self.synced.get()),
         }
     }

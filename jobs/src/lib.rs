@@ -47,6 +47,7 @@ pub mod rate;
 pub mod region;
 pub mod snapshot;
 pub mod spec;
+mod spill_error;
 mod start;
 pub mod stream;
 pub mod transaction;
@@ -65,7 +66,7 @@ pub use converge::{Converge, ConvergeInfo, Phase};
 pub use create::{Creation, NewPlace, start_create};
 pub use drive::DriveTarget;
 pub use error::{BitmapRule, CreateError, JobError, SnapshotError};
-pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind};
+pub use event::{BlockJobFacts, BlockJobInfo, Event, JobInfo, Kind, SpillInfo};
 pub use fleecing::{
     CopyBeforeWriteSpec, add_copy_before_write, add_snapshot_access, is_job_filter,
     job_filter_above,
@@ -80,8 +81,9 @@ pub use mirror::start_mirror;
 pub use snapshot::{NewImageMode, SnapshotFile};
 pub use spec::{
     BackupOptions, BackupSpec, BitmapMode, CopyMode, JobOptions, MirrorOptions, MirrorSpec,
-    OnCbwError, OnError, SyncMode,
+    OnCbwError, OnError, SpillOptions, SyncMode,
 };
+pub use spill_error::SpillError;
 pub use stream::{StreamSpec, StreamTo, start_stream};
 pub use transaction::{Action, CompletionMode, snapshot_file, transaction};
 pub use txn::JobTxn;

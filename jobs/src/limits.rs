@@ -21,6 +21,16 @@ pub const WINDOW_BYTES: u64 = 4 << 20;
 /// guest write waits for the target.
 pub const BEFORE_WRITE_BYTES: u64 = 32 << 20;
 
+/// Nanoseconds that a guest waits for the target to take old content before it goes to the spill
+/// file; less when the target has taken none for that long.
+pub const SPILL_PATIENCE_NS: u64 = 10_000_000;
+
+/// Bytes of old content on their way to the spill file; beyond it a guest waits for that file.
+pub const SPILL_BYTES_IN_FLIGHT: u64 = 8 << 20;
+
+/// Bytes at the start of a spill file that say what it is.
+pub const SPILL_HEADER: u64 = 4096;
+
 /// Bytes of the disk that one block-status call of a plan covers.
 pub const PLAN_STEP: u64 = 256 << 20;
 

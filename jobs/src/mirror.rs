@@ -70,6 +70,7 @@ pub(crate) fn prepare_mirror(spec: MirrorSpec, txn: &Rc<JobTxn>) -> Result<Prepa
         all_dirty: false,
         whole_granules: false,
         before: BeforeWrite::default(),
+        spill: None,
         bounds: bounds(spec.more.buf_size, granularity),
         hold,
     });

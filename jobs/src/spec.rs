@@ -1,5 +1,6 @@
 //! What a client asks for when it starts a job, validated once.
 
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use liveblk_engine::node::{Node, NodeId, Permissions, User};
@@ -216,6 +217,23 @@ pub struct BackupOptions {
     pub on_cbw_error: OnCbwError,
     /// Give space of the source back as it is copied.
     pub discard_source: bool,
+    /// Where old content waits for a target that is slow.
+    pub spill: SpillOptions,
+}
+
+/// The spill file of a backup: old content goes there that the target does not take in time, so
+/// that guests go on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpillOptions {
+    /// Its folder; that of the target if absent, or of the source if the target is no file of a
+    /// local file system.
+    pub folder: Option<PathBuf>,
+    /// Most bytes of old content in it; the size of the disk if absent. Beyond it the backup fails
+    /// and guests go on. 0: there is no such file, and guests wait for the target.
+    pub max: Option<u64>,
+    /// Bytes of old content that memory holds before the file is used; 32 MiB if absent, and never
+    /// more.
+    pub after: Option<u64>,
 }
 
 /// Who suffers when copy-before-write cannot keep old content.

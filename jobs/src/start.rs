@@ -267,6 +267,7 @@ async fn drive(prepared: Prepared) {
         // Who hears of the end may remove the target; only one that hangs stays in use.
         let landed = job.changed().until(|| copy.has_landed());
         let _: Either<(), ()> = select(landed, job.core().sleep(LANDING_WAIT_NS)).await;
+        copy.end_spill().await;
     }
     if let Some(manager) = job.manager() {
         manager.body_ended(&job, result);

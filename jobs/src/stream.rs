@@ -169,6 +169,7 @@ fn prepare(
         keeps_bytes: true,
         discard_source: false,
         before: BeforeWrite::default(),
+        spill: None,
         bounds: Bounds::default(),
         hold: Rc::clone(&section) as Rc<dyn std::any::Any>,
     });

@@ -3,15 +3,18 @@
 //! Owns: the translation of arguments, and the refusal of options that this version does not have.
 //! Does not: check what the jobs crate checks.
 
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use liveblk_engine::executor::CoreId;
 use liveblk_engine::node::{Node, User};
+use liveblk_engine::storage;
 use liveblk_jobs::{
     Action, Amendment, BackupAction, BackupOptions, BackupSpec, BitmapChoice, BitmapMode,
     CommitAction, CompletionMode, Converge, CopyMode, DriveTarget, JobOptions, MirrorAction,
-    MirrorOptions, MirrorSpec, NewImageMode, OnCbwError, OnError, SnapshotFile, StreamAction,
-    SyncMode, start_amend, start_backup, start_drive_backup, start_drive_mirror, start_mirror,
+    MirrorOptions, MirrorSpec, NewImageMode, OnCbwError, OnError, SnapshotFile, SpillOptions,
+    StreamAction, SyncMode, start_amend, start_backup, start_drive_backup, start_drive_mirror,
+    start_mirror,
 };
 
 use super::bitmaps::bitmap_action;
@@ -62,6 +65,7 @@ impl Control {
     pub(super) async fn drive_backup(&self, drive: Drive<BlockdevBackup>) -> Result<()> {
         self.node(&drive.job.device)?;
         self.check_backup(&drive.job)?;
+        self.check_spill(&drive.job).await?;
         let file = drive_target(&drive.file);
         start_drive_backup(&self.core, backup_action(drive.job), file).await?;
         Ok(())
@@ -127,6 +131,7 @@ impl Control {
         let source = self.node(&backup.device)?;
         let target = self.node(&backup.target)?;
         self.check_backup(&backup)?;
+        self.check_spill(&backup).await?;
         let BackupAction { job, sync, allow_larger_target, compress, more, .. } =
             backup_action(backup);
         start_backup(BackupSpec { job, source, target, sync, allow_larger_target, compress, more })
@@ -135,6 +140,16 @@ impl Control {
     }
 
     /// What the peer's backup refuses, and what this version does not have.
+    /// Refuses a folder for a spill file that is none.
+    async fn check_spill(&self, backup: &BlockdevBackup) -> Result<()> {
+        let Some(folder) = &backup.spill_dir else { return Ok(()) };
+        match storage::is_folder(&self.core, Path::new(folder)).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Failure::generic(format!("spill-dir '{folder}' is not a directory"))),
+            Err(error) => Err(Failure::generic(format!("spill-dir '{folder}': {}", error.kind()))),
+        }
+    }
+
     fn check_backup(&self, backup: &BlockdevBackup) -> Result<()> {
         check_perf(&backup.x_perf)?;
         let Some(name) = &backup.filter_node_name else { return Ok(()) };
@@ -180,6 +195,13 @@ impl Control {
             schema::CompletionMode::Individual => CompletionMode::Individual,
             schema::CompletionMode::Grouped => CompletionMode::Grouped,
         };
+        for action in &transaction.actions {
+            match action {
+                TransactionAction::Backup(backup) => self.check_spill(backup).await?,
+                TransactionAction::DriveBackup(drive) => self.check_spill(&drive.job).await?,
+                _ => {}
+            }
+        }
         let actions = transaction.actions.into_iter().map(|action| self.action(action));
         let actions = actions.collect::<Result<Vec<_>>>()?;
         self.run_transaction(actions, completion).await
@@ -341,6 +363,11 @@ fn backup_options(backup: &BlockdevBackup) -> BackupOptions {
         },
         on_cbw_error: backup.on_cbw_error.map_or_else(OnCbwError::default, on_cbw_error),
         discard_source: backup.discard_source,
+        spill: SpillOptions {
+            folder: backup.spill_dir.as_ref().map(PathBuf::from),
+            max: backup.spill_max,
+            after: None,
+        },
     }
 }
 

@@ -111,6 +111,11 @@ impl Control {
             });
             insert_some(&mut row, "error", job.error.as_deref().map(Value::from));
             insert_some(&mut row, "converge", job.converge.as_ref().map(of_convergence));
+            let spill = job
+                .spill
+                .as_ref()
+                .map(|spill| json!({ "file": spill.file, "bytes": spill.bytes, "max": spill.max }));
+            insert_some(&mut row, "spill", spill);
             insert_some(&mut row, "actively-synced", job.actively_synced.map(Value::from));
             row
         };

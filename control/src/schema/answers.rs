@@ -162,6 +162,9 @@ pub(super) static JOB_INFO: ObjectType = object(
         may("converge", Type::Object(&CONVERGE_INFO)),
     ],
 );
+/// Ours: where a backup keeps what guests overwrite while its target is slow.
+static SPILL_INFO: ObjectType =
+    object("BackupSpillInfo", &[need("file", Type::Str), need("bytes", INT), need("max", INT)]);
 static MIRROR_INFO: ObjectType =
     object("BlockJobInfoMirror", &[need("actively-synced", Type::Bool)]);
 pub(super) static BLOCK_JOB_INFO: ObjectType = ObjectType {
@@ -181,6 +184,7 @@ pub(super) static BLOCK_JOB_INFO: ObjectType = ObjectType {
         need("auto-dismiss", Type::Bool),
         may("error", Type::Str),
         may("converge", Type::Object(&CONVERGE_INFO)),
+        may("spill", Type::Object(&SPILL_INFO)),
     ],
     variants: Some(Variants { tag: "type", cases: &[("mirror", &MIRROR_INFO)] }),
     features: &[],

@@ -118,6 +118,8 @@ pub(super) static BACKUP: ObjectType = object(
         need("target", Type::Str),
         may("on-cbw-error", Type::Enum(&ON_CBW_ERROR)),
         may("allow-larger-target", Type::Bool),
+        may("spill-dir", Type::Str),
+        may("spill-max", Type::Int(Int::Size)),
     ],
 );
 
@@ -169,6 +171,8 @@ pub(super) static DRIVE_BACKUP: ObjectType = object(
         need("target", Type::Str),
         may("format", Type::Str),
         may("mode", Type::Enum(&NEW_IMAGE)),
+        may("spill-dir", Type::Str),
+        may("spill-max", Type::Int(Int::Size)),
     ],
 );
 
@@ -359,6 +363,10 @@ pub struct BlockdevBackup {
     /// Ours: the target may be larger than the source; its tail reads zero.
     #[serde(default)]
     pub allow_larger_target: bool,
+    /// Ours: the folder of the spill file; absent means beside the target.
+    pub spill_dir: Option<String>,
+    /// Ours: most bytes of the spill file; absent means the size of the disk, 0 none.
+    pub spill_max: Option<u64>,
 }
 
 /// The file of a `drive-mirror` or `drive-backup`.

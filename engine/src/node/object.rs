@@ -1,6 +1,7 @@
 //! The node object: an open image with its compiled path, gate, claims, hooks and users.
 
 use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 
 use super::account::Account;
@@ -257,6 +258,15 @@ impl Node {
         match self.layer.format.data_storage() {
             Storage::File(file) => file.is_memory_backed(),
             Storage::Memory(_) => true,
+        }
+    }
+
+    /// The path of the file that holds the bytes, if that is a regular one on a file system of this
+    /// machine.
+    pub fn local_path(&self) -> Option<PathBuf> {
+        match self.layer.format.data_storage() {
+            Storage::File(file) => file.local_path(),
+            Storage::Memory(_) => None,
         }
     }
 

@@ -194,6 +194,12 @@ impl File {
         self.size.get()
     }
 
+    /// The path of a regular file on a file system of this machine; `None` for others.
+    pub fn local_path(&self) -> Option<PathBuf> {
+        let local = !self.facts.block_device && !self.facts.remote;
+        local.then(|| self.path.borrow().clone())
+    }
+
     /// Whether the descriptor allows writes.
     pub fn is_writable(&self) -> bool {
         self.writable.get()

@@ -14,6 +14,6 @@ mod watch;
 pub use file::{DiscardStats, File, FileOptions, IoFuture};
 pub use lock::LockRequest;
 pub use memory::{Memory, Traffic};
-pub use paths::{PathFacts, rename, stat, sync_folder_of, unlink};
+pub use paths::{PathFacts, is_folder, rename, stat, sync_folder_of, unlink};
 pub use place::{Storage, StorageExtent};
 pub use watch::{Exceeded, Tell, WriteWatch};

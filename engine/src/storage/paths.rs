@@ -45,6 +45,21 @@ pub async fn stat(core: &Core, path: &Path) -> Result<PathFacts> {
     }
 }
 
+/// Whether `path` names a folder.
+///
+/// # Errors
+/// `NotFound`, or what the system reports.
+pub async fn is_folder(core: &Core, path: &Path) -> Result<bool> {
+    match run(core, FsOp::Stat(path.to_path_buf()), "stat", path).await {
+        Ok(_) => Ok(false),
+        Err(error) => match error.errno() {
+            libc::EISDIR => Ok(true),
+            libc::EINVAL => Ok(false),
+            _ => Err(error),
+        },
+    }
+}
+
 /// Renames `from` to `to`, which must not exist.
 ///
 /// # Errors

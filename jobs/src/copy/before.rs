@@ -9,6 +9,9 @@
 //! 3. with a target above the source (fleecing overlay) also reads of the target that began before
 //!    the copy landed have ended: they may still be reading the source.
 //!
+//! Old content that the target does not take in time goes to the spill file of the job, where it has
+//! one (`spill.rs`); else guests wait for the target when the reserve is used up.
+//!
 //! A failure is the guest's only if the client chose that; else it is the snapshot's.
 
 use std::cell::{Cell, RefCell};
@@ -48,6 +51,16 @@ struct Waiting {
     ticket: u64,
     range: GuestRange,
     error: Option<Error>,
+}
+
+/// What became of a copy that a guest waits for.
+enum Start {
+    /// It is on its way.
+    Done,
+    /// A copy there is about to end.
+    Busy,
+    /// The reserve is used up. Whether the range is known to read as zeroes.
+    Full(bool),
 }
 
 /// A guest in the list of those that wait.
@@ -154,6 +167,7 @@ impl Copy {
 
     async fn keep_old(self: &Rc<Self>, wide: GuestRange, in_line: &InLine<'_>) -> EngineResult<()> {
         let job = Rc::clone(&self.job);
+        let mut full_since = None;
         loop {
             let changed = job.changed().wait();
             if self.is_dead() {
@@ -165,7 +179,19 @@ impl Copy {
             let next = self.todo.borrow().next_dirty_range(wide.start.bytes(), self.unit);
             let next = next.map(|run| run.intersect(wide)).filter(|run| !run.is_empty());
             if let Some(run) = next {
-                if self.start_before_write(run) {
+                let wait = match self.start_before_write(run) {
+                    Start::Done => continue,
+                    Start::Busy => None,
+                    Start::Full(zero) => {
+                        let since = *full_since.get_or_insert_with(|| job.core().now());
+                        match self.when_full(run, zero, since) {
+                            Some(0) => continue,
+                            wait => wait,
+                        }
+                    }
+                };
+                if let Some(nanos) = wait {
+                    let _: Either<(), ()> = select(changed, job.core().sleep(nanos)).await;
                     continue;
                 }
             } else if !self.is_busy(wide) {
@@ -179,33 +205,43 @@ impl Copy {
         Ok(())
     }
 
-    /// Starts a copy that a guest waits for; false if the reserve is used up or a copy there is
-    /// about to end.
-    fn start_before_write(self: &Rc<Self>, range: GuestRange) -> bool {
+    /// Starts a copy that a guest waits for.
+    fn start_before_write(self: &Rc<Self>, range: GuestRange) -> Start {
         if self.regions.overlap(range).is_some() {
             // Looked at first: a flight taken and given back would wake the caller for ever.
-            return false;
-        }
-        if !self.reserve(range.len) {
-            if self.parked.get() > 0 {
-                // The target does not take what is held already: the guest must not wait for it.
-                let full = Error::new(ErrorKind::NoSpace, "keep old content for the backup");
-                self.job.announce(Operation::Write, Action::Report);
-                self.fail(JobError::Engine(full));
-            }
-            return false;
+            return Start::Busy;
         }
         let zero = {
             let zeroes = self.zero.borrow();
             zeroes.test(range.start.bytes())
                 && zeroes.next_clean(range.start.bytes()) >= range.end().bytes()
         };
+        if !self.reserve(range.len) {
+            return Start::Full(zero);
+        }
         let flight = self.flight(range, range.len);
-        let Some(run) = self.take(range, zero, true) else { return false };
+        let Some(run) = self.take(range, zero, true) else { return Start::Busy };
         self.job.rate().borrow_mut().charge(range.len, self.job.core().now());
         let copy = Rc::clone(self).copy_run(run, flight);
         drop(self.job.core().spawn(Class::Guest, copy));
-        true
+        Start::Done
+    }
+
+    /// The reserve is used up since `since`: old content goes to the spill file after a while.
+    /// Nanoseconds until then, 0 if the caller looks again at once; `None` if it waits for a change.
+    fn when_full(self: &Rc<Self>, range: GuestRange, zero: bool, since: u64) -> Option<u64> {
+        match self.spill_delay(since) {
+            Some(0) => self.start_spill(range, zero).then_some(0),
+            Some(nanos) => Some(nanos),
+            None if self.parked.get() == 0 => None,
+            None => {
+                // The target does not take what is held already: the guest must not wait for it.
+                let full = Error::new(ErrorKind::NoSpace, "keep old content for the backup");
+                self.job.announce(Operation::Write, Action::Report);
+                self.fail(JobError::Engine(full));
+                Some(0)
+            }
+        }
     }
 
     /// A copy that guests wait for failed, and they are to fail with it: true. The old content is

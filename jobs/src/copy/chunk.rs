@@ -22,7 +22,7 @@ pub(super) struct Run {
 }
 
 /// What goes to the target.
-enum Content {
+pub(super) enum Content {
     Bytes(Buf),
     Zeroes(u64),
 }
@@ -81,7 +81,7 @@ impl Copy {
     }
 
     /// Bytes that copy-before-write reads at once: its granules are never read in two halves.
-    fn largest_read(&self) -> u64 {
+    pub(super) fn largest_read(&self) -> u64 {
         self.granularity().min(4 << 20)
     }
 
@@ -90,7 +90,7 @@ impl Copy {
     }
 
     /// Reads `piece` of the source; `None` if the copy is over.
-    async fn fetch(&self, run: &Run, piece: GuestRange) -> Option<Buf> {
+    pub(super) async fn fetch(&self, run: &Run, piece: GuestRange) -> Option<Buf> {
         if self.is_dead() {
             return None;
         }
@@ -155,7 +155,7 @@ impl Copy {
     }
 
     /// Brings `content` to the target, as often as the policy wants; false if the copy is over.
-    async fn put(&self, run: &Run, piece: GuestRange, content: Content) -> bool {
+    pub(super) async fn put(&self, run: &Run, piece: GuestRange, content: Content) -> bool {
         loop {
             if self.is_dead() {
                 return false;

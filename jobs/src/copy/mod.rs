@@ -24,6 +24,7 @@ mod plan;
 mod run;
 mod section;
 mod shape;
+mod spill;
 mod state;
 
 pub(crate) use self::before::BeforeWrite;
@@ -31,4 +32,5 @@ pub(crate) use self::pieces::Piece;
 pub(crate) use self::plan::Plan;
 pub(crate) use self::section::Layers;
 pub(crate) use self::shape::Shape;
+pub(crate) use self::spill::SpillPlan;
 pub(crate) use self::state::{Bounds, Copy, CopySetup, EarlierReads};

@@ -12,6 +12,8 @@ use crate::error::JobError;
 pub(crate) enum Piece {
     /// On the source, as it was.
     Source(GuestRange),
+    /// Kept in the spill file.
+    Kept(GuestRange),
     /// Kept in the target.
     Target(GuestRange),
     /// Not part of the snapshot, or given up by its reader.
@@ -22,7 +24,7 @@ impl Piece {
     /// The run; empty if there is none.
     pub(crate) fn range(self) -> GuestRange {
         match self {
-            Self::Source(range) | Self::Target(range) => range,
+            Self::Source(range) | Self::Kept(range) | Self::Target(range) => range,
             Self::Refused => GuestRange::new(0, 0),
         }
     }
@@ -50,6 +52,10 @@ impl Copy {
             }
             until = until.min(busy.start.bytes());
         }
+        if let Some(kept) = self.spill.run_at(at) {
+            return Some(Piece::Kept(kept.intersect(GuestRange::new(at, until - at))));
+        }
+        let until = until.min(self.spill.next_after(at).unwrap_or(until));
         let todo = self.todo.borrow();
         if todo.test(at) {
             let until = until.min(todo.next_clean(at));
@@ -105,6 +111,7 @@ impl Copy {
     pub(crate) fn forget(&self, range: GuestRange) {
         self.withhold(range);
         self.todo.borrow_mut().clear_range(range);
+        self.spill.forget(range);
         self.note_left();
         self.job.changed().notify_all();
     }

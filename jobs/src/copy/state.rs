@@ -9,13 +9,12 @@ use liveblk_engine::bitmap::DirtyBitmap;
 use liveblk_engine::node::{Node, NodeId, Origin};
 
 use super::before::{BeforeWrite, Crowd};
+use super::spill::{Spill, SpillPlan};
 use crate::converge::Traffic;
 use crate::error::{JobError, Result};
 use crate::event::{Action, Operation};
 use crate::job::Job;
-use crate::limits::{
-    BEFORE_WRITE_BYTES, UNIT_DISK, UNIT_MEMORY, WINDOW_BYTES, WINDOW_UNITS, WINDOW_UNITS_MEMORY,
-};
+use crate::limits::{UNIT_DISK, UNIT_MEMORY, WINDOW_BYTES, WINDOW_UNITS, WINDOW_UNITS_MEMORY};
 use crate::region::{Region, Regions};
 use crate::spec::CopyMode;
 
@@ -50,6 +49,8 @@ pub(crate) struct CopySetup {
     pub(crate) discard_source: bool,
     /// How copy-before-write treats guests.
     pub(crate) before: BeforeWrite,
+    /// Where copy-before-write goes on when the target is slow.
+    pub(crate) spill: Option<SpillPlan>,
     /// Most copies in flight and bytes of one, where the client limits them.
     pub(crate) bounds: Bounds,
     /// Kept by every copy in flight: the use of the target.
@@ -101,6 +102,7 @@ pub(crate) struct Copy {
     pub(super) regions: Rc<Regions>,
     pub(super) before: BeforeWrite,
     pub(super) crowd: Crowd,
+    pub(super) spill: Spill,
     /// What has not reached the target yet, where a bitmap wants to know.
     pub(super) pending: RefCell<Option<DirtyBitmap>>,
     /// What of the snapshot can be read; everything if absent.
@@ -173,6 +175,8 @@ enum Purpose {
     Background,
     /// Copy-before-write; gives these bytes of its reserve back.
     BeforeWrite(u64),
+    /// Copy-before-write on its way to the spill file.
+    Spill,
     /// A guest's own write to the target.
     GuestWrite,
 }
@@ -212,6 +216,7 @@ impl Copy {
             regions: Rc::default(),
             before: setup.before,
             crowd: Crowd::default(),
+            spill: Spill::new(setup.spill),
             pending: RefCell::new(None),
             access: RefCell::new(None),
             cursor: Cell::new(0),
@@ -392,12 +397,15 @@ impl Copy {
 
     /// Whether everything dirty has reached the target (not yet its disk).
     pub(crate) fn is_clean(&self) -> bool {
-        self.todo.borrow().is_clean() && self.is_quiet() && self.regions.is_empty()
+        self.todo.borrow().is_clean()
+            && self.is_quiet()
+            && self.regions.is_empty()
+            && self.spill.is_empty()
     }
 
     /// Dirty bytes, those in flight included.
     pub(crate) fn dirty_bytes(&self) -> u64 {
-        self.counted_todo() + self.bytes_in_flight.get()
+        self.counted_todo() + self.bytes_in_flight.get() + self.spill.bytes()
     }
 
     /// Whether one more background copy may start.
@@ -443,7 +451,7 @@ impl Copy {
     /// copy's [`Flight`].
     pub(super) fn reserve(&self, bytes: u64) -> bool {
         let held = self.before_write_bytes.get();
-        let fits = held == 0 || held + bytes <= BEFORE_WRITE_BYTES;
+        let fits = held == 0 || held + bytes <= self.spill.reserve();
         if fits {
             self.before_write_bytes.set(held + bytes);
         }
@@ -461,6 +469,14 @@ impl Copy {
         };
         self.bytes_in_flight.set(self.bytes_in_flight.get() + bytes);
         Flight { copy: Rc::clone(self), bytes, purpose, _hold: self.hold.borrow().clone() }
+    }
+
+    /// Counts old content of `range` as in flight that goes to the spill file.
+    pub(super) fn spill_flight(self: &Rc<Self>, range: GuestRange) -> Flight {
+        let bytes = self.counted(range);
+        self.bytes_in_flight.set(self.bytes_in_flight.get() + bytes);
+        let (copy, purpose) = (Rc::clone(self), Purpose::Spill);
+        Flight { copy, bytes, purpose, _hold: self.hold.borrow().clone() }
     }
 
     /// Counts a guest's own write to the target as in flight; it is no part of the progress before
@@ -581,7 +597,11 @@ impl Flight {
     pub(super) fn landed(self) {
         let bytes = self.bytes;
         let copy = Rc::clone(&self.copy);
+        let urgent = matches!(self.purpose, Purpose::BeforeWrite(_));
         drop(self);
+        if urgent {
+            copy.spill.note_taken(copy.job.core().now());
+        }
         copy.job.progress().add_done(bytes);
         copy.count(Traffic { copied: bytes, ..Traffic::default() });
         copy.note_left();
@@ -595,6 +615,7 @@ impl Drop for Flight {
         match self.purpose {
             Purpose::Background => copy.units_in_flight.set(copy.units_in_flight.get() - 1),
             Purpose::BeforeWrite(reserved) => less(&copy.before_write_bytes, reserved),
+            Purpose::Spill => {}
             Purpose::GuestWrite => {
                 less(&copy.guest_bytes, self.bytes);
                 return copy.job.changed().notify_all();

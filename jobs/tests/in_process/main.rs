@@ -12,3 +12,4 @@ mod pace;
 mod real_files;
 #[path = "../rig/mod.rs"]
 mod rig;
+mod spill;

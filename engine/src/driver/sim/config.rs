@@ -140,6 +140,7 @@ pub enum SimOpKind {
 #[derive(Clone, Debug, Default)]
 pub struct OpFilter {
     file: Option<String>,
+    not_file: Option<String>,
     kinds: Vec<SimOpKind>,
     range: Option<Range<u64>>,
 }
@@ -154,6 +155,13 @@ impl OpFilter {
     #[must_use]
     pub fn file(mut self, part: &str) -> Self {
         self.file = Some(part.to_owned());
+        self
+    }
+
+    /// Not on files whose path contains `part`.
+    #[must_use]
+    pub fn not_file(mut self, part: &str) -> Self {
+        self.not_file = Some(part.to_owned());
         self
     }
 
@@ -173,11 +181,12 @@ impl OpFilter {
 
     pub(super) fn matches(&self, subject: &Subject) -> bool {
         let file = self.file.as_ref().is_none_or(|part| subject.name.contains(part.as_str()));
+        let other = self.not_file.as_ref().is_none_or(|part| !subject.name.contains(part.as_str()));
         let kind = self.kinds.is_empty() || self.kinds.contains(&subject.kind);
         let range = self.range.as_ref().is_none_or(|range| {
             subject.offset < range.end && range.start < subject.offset.saturating_add(subject.len)
         });
-        file && kind && range
+        file && other && kind && range
     }
 }
 
