@@ -4,8 +4,9 @@
 //! Work is handed over as a `Send` closure; its result comes back through the core's mailbox.
 //! The slot of the operation keeps descriptors and buffers alive until then.
 //!
-//! Order rule: work waits in a *lane*, one per file, one for paths and one for computing. A lane has
-//! at most [`LANE_THREADS`] threads, so a file that hangs takes those and no more, and others go on.
+//! Order rule: work waits in a *lane*, one per file, one for paths and one for computing. A lane
+//! has at most [`LANE_THREADS`] threads, so a file that hangs takes those and no more, and others
+//! go on.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::RawFd;

@@ -17,8 +17,8 @@ pub(super) struct BlockingIo {
     iovecs: Vec<libc::iovec>,
 }
 
-// SAFETY: the pointers lead into a buffer that the operation's slot owns until its completion, which
-// the thread delivers; nobody else touches the buffer meanwhile.
+// SAFETY: the pointers lead into a buffer that the operation's slot owns until its completion,
+// which the thread delivers; nobody else touches the buffer meanwhile.
 unsafe impl Send for BlockingIo {}
 
 impl BlockingIo {

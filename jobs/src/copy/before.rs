@@ -9,8 +9,8 @@
 //! 3. with a target above the source (fleecing overlay) also reads of the target that began before
 //!    the copy landed have ended: they may still be reading the source.
 //!
-//! Old content that the target does not take in time goes to the spill file of the job, where it has
-//! one (`spill.rs`); else guests wait for the target when the reserve is used up.
+//! Old content that the target does not take in time goes to the spill file of the job, where it
+//! has one (`spill.rs`); else guests wait for the target when the reserve is used up.
 //!
 //! A failure is the guest's only if the client chose that; else it is the snapshot's.
 
@@ -228,7 +228,8 @@ impl Copy {
     }
 
     /// The reserve is used up since `since`: old content goes to the spill file after a while.
-    /// Nanoseconds until then, 0 if the caller looks again at once; `None` if it waits for a change.
+    /// Nanoseconds until then, 0 if the caller looks again at once; `None` if it waits for a
+    /// change.
     fn when_full(self: &Rc<Self>, range: GuestRange, zero: bool, since: u64) -> Option<u64> {
         match self.spill_delay(since) {
             Some(0) => self.start_spill(range, zero).then_some(0),
