@@ -14,15 +14,21 @@ The row `converge` is a background mirror under such a guest, ours with the poli
 whose deadline is --patience times one pass without a guest: time to READY in such passes, bytes
 copied (guests' own writes to the target included) in sizes of the disk, and whether it became
 READY at all within --seconds.
+The rows `reflink` (only if asked for; root) run on XFS in a file on tmpfs, on a loop device:
+backups of ours with `use-copy-range`, against the peer with it and without. Everything is on the
+file system's disk before a job starts. The figure `shared` is what of the result lies in blocks of
+the source, as the kernel tells it.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -112,10 +118,11 @@ class Setting:
         return (base, driver), "s"
 
     def start(self, **more):
-        """Starts the job; a mirror takes more members."""
+        """Starts the job; a mirror or a backup takes more members."""
         command = self.daemon.command
         if self.kind == "backup":
-            command("blockdev-backup", job_id="j", device="s", target="t", sync="full")
+            command("blockdev-backup", job_id="j", device="s", target="t", sync="full",
+                    **more)
         elif self.kind in ("mirror", "write-blocking"):
             mode = "background" if self.kind == "mirror" else "write-blocking"
             command("blockdev-mirror", job_id="j", device="s", target="t", sync="full",
@@ -160,6 +167,58 @@ def alone(program, folder, kind, driver, image, size, written, rt):
     cpu = cpu_seconds(pid) - before
     rss = setting.end(compare=True)
     return {"MB/s": written / took / 1e6, "CPU s/GiB": cpu / (written / 2**30), "RSS MiB": rss}
+
+
+def on_reflink(program, folder, kind, driver, image, size, more, rt):
+    """The figures of a job on a file system whose files can share blocks."""
+    from rig import reflink
+    setting = Setting(program, folder, kind, driver, image, size, rt)
+    pid = setting.daemon.process.pid
+    os.sync()
+    before, start = cpu_seconds(pid), time.monotonic()
+    setting.start(**more)
+    setting.daemon.wait_event(ENDS.get(kind, "BLOCK_JOB_COMPLETED"))
+    took = time.monotonic() - start
+    cpu = cpu_seconds(pid) - before
+    shared = reflink.shared_bytes(setting.result[0])
+    setting.end(compare=True)
+    return {"ms": took * 1000, "CPU ms": cpu * 1000, "shared": shared / size}
+
+
+def reflink_rows(options, size):
+    """Runs the rows `reflink`."""
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests", "e2e"))
+    from rig import reflink
+    place = tempfile.mkdtemp(prefix="liveblk-bench-", dir="/dev/shm")
+    folder = os.path.join(place, "xfs")
+    undo, why_not = asyncio.run(reflink.mount(folder, 5 * size))
+    if undo is None:
+        raise SystemExit(f"no rows `reflink`: {why_not}")
+    asked = {"x_perf": {"use-copy-range": True}}
+    rows = [("backup", "both with use-copy-range", asked, asked),
+            ("backup", "peer without", asked, {}),
+            ("backup", "neither shares", {}, {}),
+            ("mirror", "peer copies", {}, {}), ("stream", "peer copies", {}, {}),
+            ("commit", "peer copies", {}, {})]
+    try:
+        for driver in options.drivers.split(","):
+            image = full_image(folder, driver, size)
+            for kind, what, ours, peers in rows:
+                if kind not in options.kinds.split(","):
+                    continue
+                runs = [[], []]
+                for _ in range(options.pairs):
+                    sides = ((options.ours, ours), (options.peer, peers))
+                    for (program, more), results in zip(sides, runs):
+                        results.append(on_reflink(program, folder, kind, driver, image, size,
+                                                  more, options.rt))
+                report(f"reflink {kind} {driver}, {what}", *runs)
+            os.unlink(image)
+    finally:
+        for process in RUNNING:
+            process.kill()
+        asyncio.run(undo())
+        shutil.rmtree(place)
 
 
 def beside(program, folder, kind, driver, image, size, seconds, rt):
@@ -259,6 +318,10 @@ def main():
     parser.add_argument("--latency", type=int, default=20000, help="us that converge may add")
     parser.add_argument("--rt", action="store_true")
     options = parser.parse_args()
+    if options.rows == "reflink":
+        print("| row | figure | ours min/med/max | peer min/med/max | ratio |")
+        print("|---|---|---|---|---|")
+        return reflink_rows(options, options.size << 20)
     folder = tempfile.mkdtemp(prefix="liveblk-bench-", dir="/dev/shm")
     size = options.size << 20
     print("| row | figure | ours min/med/max | peer min/med/max | ratio |")

@@ -54,6 +54,12 @@ pub const CUT_DEADLINE_NS: u64 = 30_000_000_000;
 /// Files with a failed flush that a core remembers after they were closed.
 pub const FAILED_SYNCS: usize = 1024;
 
+/// Pairs of files of which one job remembers whether they can share blocks.
+pub const SHARING_PAIRS: usize = 256;
+
+/// Smallest run of bytes in one place of a file that is worth a call of its own to be shared.
+pub const SHARE_RUN_MIN: u64 = 32 << 10;
+
 /// The longest node name in bytes.
 pub const NODE_NAME_MAX: usize = 31;
 

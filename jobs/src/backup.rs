@@ -84,6 +84,7 @@ pub(crate) fn prepare_backup(spec: BackupSpec, txn: &Rc<JobTxn>) -> Result<Prepa
         compress: spec.compress,
         keeps_bytes: true,
         discard_source: spec.more.discard_source,
+        shares: spec.more.use_copy_range,
         hold,
     });
     show_filter(Kind::Backup, &copy, spec.more.filter_name.as_deref())?;

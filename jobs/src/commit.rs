@@ -241,6 +241,7 @@ fn prepare(job: Rc<Job>, spec: CommitSpec, section: Rc<Section>, lot: Lot) -> Re
         compress: false,
         keeps_bytes: true,
         discard_source: false,
+        shares: true,
         before: BeforeWrite::default(),
         spill: None,
         bounds: Bounds::default(),

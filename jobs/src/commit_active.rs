@@ -69,6 +69,7 @@ fn prepare(job: Rc<Job>, spec: &CommitSpec, section: Rc<Section>, lot: Lot) -> R
         // A guest's own write may wait for the region meanwhile.
         keeps_bytes: false,
         discard_source: false,
+        shares: true,
         before: BeforeWrite::default(),
         spill: None,
         bounds: Bounds::default(),

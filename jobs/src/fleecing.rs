@@ -214,6 +214,7 @@ fn keeper(manager: &Rc<JobManager>, spec: &CopyBeforeWriteSpec, name: &str) -> R
         keeps_bytes: true,
         discard_source: false,
         spill: None,
+        shares: false,
         before: BeforeWrite { on_error: spec.on_error, timeout_ns: spec.timeout_ns, overlay },
         bounds: Bounds::default(),
         hold: Rc::new(()),

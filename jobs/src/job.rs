@@ -75,6 +75,16 @@ pub struct Job {
     convergence: RefCell<Option<Rc<Convergence>>>,
     /// Of a mirror: every write that was answered is in the target.
     synced: Cell<bool>,
+    counters: Cell<JobCounters>,
+}
+
+/// What the copies of a job moved, in bytes; zeroes are neither.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JobCounters {
+    /// Bytes that went through memory to the target.
+    pub copied: u64,
+    /// Bytes whose blocks the target shares with the source.
+    pub shared: u64,
 }
 
 impl Job {
@@ -115,6 +125,7 @@ impl Job {
             copy_mode: Cell::new(CopyMode::Background),
             convergence: RefCell::new(None),
             synced: Cell::new(false),
+            counters: Cell::default(),
             options,
             core,
         })
@@ -148,6 +159,25 @@ impl Job {
     /// The options it was started with.
     pub fn options(&self) -> &JobOptions {
         &self.options
+    }
+
+    /// What its copies moved so far.
+    pub fn counters(&self) -> JobCounters {
+        self.counters.get()
+    }
+
+    /// Counts bytes that reached the target through memory.
+    pub(crate) fn count_copied(&self, bytes: u64) {
+        let counters = self.counters.get();
+        self.counters
+            .set(JobCounters { copied: counters.copied.saturating_add(bytes), ..counters });
+    }
+
+    /// Counts bytes that the target shares with the source.
+    pub(crate) fn count_shared(&self, bytes: u64) {
+        let counters = self.counters.get();
+        self.counters
+            .set(JobCounters { shared: counters.shared.saturating_add(bytes), ..counters });
     }
 
     pub(crate) fn core(&self) -> &Core {

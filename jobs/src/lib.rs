@@ -74,7 +74,7 @@ pub use fleecing::{
 pub use follow_error::FollowError;
 pub use growth::resize;
 pub use internal::{InternalSnapshot, delete_internal_snapshot};
-pub use job::Job;
+pub use job::{Job, JobCounters};
 pub use lifecycle::{Status, Verb};
 pub use manager::JobManager;
 pub use mirror::start_mirror;

@@ -6,6 +6,24 @@ pub const UNIT_DISK: u64 = 1 << 20;
 /// Bytes of one copy where both sides are in memory: small enough to stay in the cache.
 pub const UNIT_MEMORY: u64 = 128 << 10;
 
+/// Bytes of the first copy by shared blocks: guests that write the source wait while it lasts.
+pub const SHARE_UNIT_FIRST: u64 = 4 << 20;
+
+/// Least bytes of such a copy, however long one takes.
+pub const SHARE_UNIT_MIN: u64 = 1 << 20;
+
+/// Most bytes of such a copy.
+pub const SHARE_UNIT_MAX: u64 = 64 << 20;
+
+/// Nanoseconds of such a copy below which the next is larger.
+pub const SHARE_SHORT_NS: u64 = 1_000_000;
+
+/// Nanoseconds of such a copy above which the next is smaller.
+pub const SHARE_LONG_NS: u64 = 4_000_000;
+
+/// Bytes of the disk of which the loop finds out at once where they lie.
+pub const SHARE_LOOK: u64 = 64 << 20;
+
 /// Copies in flight of one background loop. Small on purpose: a guest request queues behind what
 /// is in flight, and 64 copies of 1 MiB are what gives the peer its stalls of 100 ms.
 pub const WINDOW_UNITS: usize = 8;

@@ -63,6 +63,7 @@ pub(crate) fn prepare_mirror(spec: MirrorSpec, txn: &Rc<JobTxn>) -> Result<Prepa
         compress: false,
         keeps_bytes: false,
         discard_source: false,
+        shares: true,
         job,
         source: Rc::clone(&spec.source),
         target: Rc::clone(&spec.target),

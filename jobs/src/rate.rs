@@ -75,6 +75,13 @@ impl Rate {
         }
     }
 
+    /// Takes back a charge of `bytes` that were not moved.
+    pub fn refund(&mut self, bytes: u64) {
+        if self.speed > 0 {
+            self.tokens = (self.tokens + i128::from(bytes)).min(self.burst());
+        }
+    }
+
     fn refill(&mut self, now: u64) {
         let elapsed = now.saturating_sub(self.refilled_at);
         let earned = u128::from(self.speed) * u128::from(elapsed) / 1_000_000_000;

@@ -15,7 +15,8 @@
 //!
 //! Order rules: (1) the node's claim comes before any region; (2) a task claims regions in
 //! ascending offset; (3) nobody waits for anything while holding a region in state *reading*
-//! except the read itself; (4) two copies of one region are never in flight together.
+//! except the read itself, or a target that is to share its blocks, as long as no guest waits here;
+//! (4) two copies of one region are never in flight together.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

@@ -219,6 +219,10 @@ pub struct BackupOptions {
     pub discard_source: bool,
     /// Where old content waits for a target that is slow.
     pub spill: SpillOptions,
+    /// Whether the target shares blocks with the source where the file system can. Guests then pay
+    /// for the first write to each block of the source after the backup, which is why nobody gets
+    /// it unasked.
+    pub use_copy_range: bool,
 }
 
 /// The spill file of a backup: old content goes there that the target does not take in time, so

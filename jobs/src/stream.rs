@@ -168,6 +168,7 @@ fn prepare(
         compress: false,
         keeps_bytes: true,
         discard_source: false,
+        shares: true,
         before: BeforeWrite::default(),
         spill: None,
         bounds: Bounds::default(),

@@ -8,8 +8,8 @@ use liveblk_engine::graph::{BackingSource, Graph, GraphConfig, OpenNode};
 use liveblk_engine::node::{Node, Origin, StatusKind, WriteFlags, ZeroFlags};
 use liveblk_engine::storage::{File, FileOptions, Storage};
 use liveblk_jobs::{
-    BackupSpec, CopyMode, JobManager, MirrorSpec, Status, SyncMode, Verb, start_backup,
-    start_mirror,
+    BackupOptions, BackupSpec, CopyMode, JobManager, MirrorSpec, Status, SyncMode, Verb,
+    start_backup, start_mirror,
 };
 
 async fn image(core: &Core, name: &str, backing: Option<&str>) -> Rc<Node> {
@@ -80,7 +80,7 @@ fn backup(source: &Rc<Node>, target: &Rc<Node>, sync: SyncMode) -> BackupSpec {
         sync,
         allow_larger_target: false,
         compress: false,
-        more: Default::default(),
+        more: BackupOptions { use_copy_range: true, ..BackupOptions::default() },
     }
 }
 

@@ -31,6 +31,7 @@ mod reopen;
 #[path = "../../jobs/tests/rig/mod.rs"]
 mod rig;
 mod second_opinion;
+mod sharing_chains;
 #[path = "../simulated/mod.rs"]
 mod simulated;
 mod subcluster_overlay;

@@ -129,7 +129,8 @@ async fn backed_up(
         sync,
         allow_larger_target: false,
         compress: node.can_compress() && rng.chance(200),
-        more: BackupOptions { bitmap, ..BackupOptions::default() },
+        // Whether that is possible is the world's choice.
+        more: BackupOptions { bitmap, use_copy_range: true, ..BackupOptions::default() },
         target: node,
     };
     let window = Rc::new(Cell::new(None));

@@ -7,8 +7,8 @@ use liveblk::engine::driver::sim::Rng;
 use liveblk::engine::node::{Node, NodeOptions};
 use liveblk::jobs::lifecycle::Verb;
 use liveblk::jobs::{
-    BackupSpec, CopyMode, JobError, JobOptions, Kind, MirrorSpec, SyncMode, start_backup,
-    start_mirror,
+    BackupOptions, BackupSpec, CopyMode, JobError, JobOptions, Kind, MirrorSpec, SyncMode,
+    start_backup, start_mirror,
 };
 use liveblk::{BackingSource, ErrorKind, Job, Status};
 
@@ -192,7 +192,7 @@ async fn backup(world: &Rc<World>, index: usize, rng: &mut Rng, nested: u32) {
         sync,
         allow_larger_target: false,
         compress: node.can_compress() && rng.chance(300),
-        more: Default::default(),
+        more: BackupOptions { use_copy_range: true, ..BackupOptions::default() },
     };
     let id = spec.job.id.clone();
     let from = world.clock.tick();

@@ -299,7 +299,9 @@ impl Start {
     }
 
     fn make_images(plan: &Plan, clock: &Rc<Clock>, ledgers: &[Rc<Ledger>], pool: &Pool) -> SimFs {
-        let config = SimConfig::new(plan.seed).calm();
+        let mut config = SimConfig::new(plan.seed).calm();
+        // Every other world has files that can share blocks.
+        config.fs.shares = plan.seed % 2 == 1;
         let fs = SimFs::new(config.fs.clone());
         let mut sim = Sim::with_pool(config, fs, pool.clone());
         for (index, (disk, ledger)) in plan.disks.iter().zip(ledgers).enumerate() {

@@ -368,6 +368,7 @@ fn backup_options(backup: &BlockdevBackup) -> BackupOptions {
             max: backup.spill_max,
             after: None,
         },
+        use_copy_range: backup.x_perf.use_copy_range.unwrap_or(false),
     }
 }
 

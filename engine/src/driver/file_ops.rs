@@ -33,6 +33,18 @@ const REMOTE_MAGICS: [i64; 8] =
 
 type Answer = Result<(i32, FsOutcome), Errno>;
 
+/// The argument of FICLONERANGE (linux/fs.h, `struct file_clone_range`); all in bytes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct FileCloneRange {
+    source: i64,
+    source_offset: u64,
+    len: u64,
+    offset: u64,
+}
+
+nix::ioctl_write_ptr!(clone_range, 0x94, 13, FileCloneRange);
+
 /// A call that can be sent to a thread.
 #[derive(Debug)]
 pub(crate) enum FsCall {
@@ -46,6 +58,7 @@ pub(crate) enum FsCall {
     Extents { fd: RawFd, offset: u64, len: u64 },
     Fallocate { fd: RawFd, mode: FallocateMode, offset: u64, len: u64 },
     Truncate { fd: RawFd, len: u64 },
+    Share { fd: RawFd, range: FileCloneRange },
 }
 
 impl FsCall {
@@ -72,6 +85,15 @@ impl FsCall {
                 Self::Fallocate { fd: raw(file)?, mode: *mode, offset: *offset, len: *len }
             }
             FsOp::Truncate { file, len } => Self::Truncate { fd: raw(file)?, len: *len },
+            FsOp::Share { source, source_offset, file, offset, len } => {
+                let range = FileCloneRange {
+                    source: i64::from(raw(source)?),
+                    source_offset: *source_offset,
+                    len: *len,
+                    offset: *offset,
+                };
+                Self::Share { fd: raw(file)?, range }
+            }
         })
     }
 
@@ -99,6 +121,7 @@ impl FsCall {
             Self::Extents { fd, offset, len } => extents(fd, offset, len),
             Self::Fallocate { fd, mode, offset, len } => fallocate(fd, mode, offset, len),
             Self::Truncate { fd, len } => truncate(fd, len),
+            Self::Share { fd, range } => share(fd, &range),
         };
         answer.unwrap_or_else(|errno| (-(errno as i32), FsOutcome::None))
     }
@@ -128,11 +151,13 @@ fn open(spec: &OpenSpec) -> Answer {
         return Ok((-libc::EINVAL, FsOutcome::WrongKind(kind_name(kind))));
     }
     let facts = facts(&file, &metadata, spec)?;
-    let class = match file_system(file.as_raw_fd()) {
-        Some(TMPFS_MAGIC | RAMFS_MAGIC) => IoClass::Inline,
-        Some(magic) if REMOTE_MAGICS.contains(&magic) => IoClass::Blocking,
-        _ => IoClass::Ring,
+    let (class, block) = match file_system(file.as_raw_fd()) {
+        Some((TMPFS_MAGIC | RAMFS_MAGIC, _)) => (IoClass::Inline, 0),
+        Some((magic, _)) if REMOTE_MAGICS.contains(&magic) => (IoClass::Blocking, 0),
+        Some((_, block)) if kind.is_file() => (IoClass::Ring, block),
+        _ => (IoClass::Ring, 0),
     };
+    let facts = FileFacts { block, ..facts };
     let handle = Handle { descriptor: Descriptor::Os(file.into()), class };
     Ok((0, FsOutcome::Opened(handle, facts)))
 }
@@ -193,22 +218,18 @@ fn open_beneath(folder: &Path, path: &Path, flags: i32) -> Result<OwnedFd, Errno
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn is_memory_backed(fd: RawFd) -> bool {
-    matches!(file_system(fd), Some(TMPFS_MAGIC | RAMFS_MAGIC))
-}
-
 /// Whether another machine or program answers for the file.
 fn is_remote(fd: RawFd) -> bool {
-    file_system(fd).is_some_and(|magic| REMOTE_MAGICS.contains(&magic))
+    file_system(fd).is_some_and(|(magic, _)| REMOTE_MAGICS.contains(&magic))
 }
 
-/// The magic number of the file system (statfs(2)).
-fn file_system(fd: RawFd) -> Option<i64> {
+/// Kind (its magic number) and block size (bytes) of the file system of a file (statfs(2)).
+fn file_system(fd: RawFd) -> Option<(i64, u64)> {
     // SAFETY: statfs is a plain C structure for which all-zero is valid.
     let mut facts: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: fd is open and facts is writable.
     let result = unsafe { libc::fstatfs(fd, &raw mut facts) };
-    (result == 0).then_some(facts.f_type)
+    (result == 0).then(|| (facts.f_type, u64::try_from(facts.f_bsize).unwrap_or(0)))
 }
 
 fn facts(
@@ -228,12 +249,13 @@ fn facts(
         if block_device { (u64::MAX, metadata.rdev()) } else { (metadata.dev(), metadata.ino()) };
     let allocated = metadata.blocks().saturating_mul(512);
     let remote = is_remote(file.as_raw_fd());
-    Ok(FileFacts { size, align, memory_align, identity, block_device, allocated, remote })
+    let block = 0;
+    Ok(FileFacts { size, align, memory_align, identity, block_device, allocated, remote, block })
 }
 
 /// Alignment of offsets and of memory for O_DIRECT on this file (statx DIOALIGN).
 fn direct_alignment(fd: RawFd) -> (u64, usize) {
-    if is_memory_backed(fd) {
+    if matches!(file_system(fd), Some((TMPFS_MAGIC | RAMFS_MAGIC, _))) {
         return (1, 1);
     }
     // SAFETY: statx is a plain C structure for which all-zero is valid.
@@ -266,6 +288,7 @@ fn stat(path: &Path) -> Answer {
         block_device: kind.is_block_device(),
         allocated: metadata.blocks().saturating_mul(512),
         remote: false,
+        block: 0,
     };
     Ok((0, FsOutcome::Facts(facts)))
 }
@@ -419,4 +442,17 @@ fn truncate(fd: RawFd, len: u64) -> Answer {
     // SAFETY: as in `fallocate`.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     nix::unistd::ftruncate(fd, len).map(|()| (0, FsOutcome::None))
+}
+
+/// The kernel flushes the pages of the source, waits for direct I/O on both files and forgets the
+/// target's pages; all or nothing is shared, but for failures half-way.
+fn share(fd: RawFd, range: &FileCloneRange) -> Answer {
+    loop {
+        // SAFETY: the slot of the operation keeps both descriptors open; range is what the call
+        // reads.
+        match unsafe { clone_range(fd, range) } {
+            Err(Errno::EINTR) => {}
+            other => return other.map(|_| (0, FsOutcome::None)),
+        }
+    }
 }

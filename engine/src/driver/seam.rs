@@ -62,6 +62,9 @@ pub(crate) struct FileFacts {
     pub(crate) allocated: u64,
     /// Whether it lies on another machine or in another program (network, FUSE).
     pub(crate) remote: bool,
+    /// Bytes of a block of its file system; 0 where files cannot share blocks for sure (devices,
+    /// files on memory).
+    pub(crate) block: u64,
 }
 
 /// How a file is opened.
@@ -121,6 +124,14 @@ pub(crate) enum FsOp {
     },
     Truncate {
         file: Rc<Handle>,
+        len: u64,
+    },
+    /// Makes `file` share the blocks of `source` (FICLONERANGE).
+    Share {
+        source: Rc<Handle>,
+        source_offset: u64,
+        file: Rc<Handle>,
+        offset: u64,
         len: u64,
     },
 }

@@ -77,6 +77,8 @@ enum End {
     Failed,
     Invalid,
     Done,
+    /// It was nothing that counts.
+    Withdrawn,
 }
 
 impl Counting {
@@ -89,6 +91,12 @@ impl Counting {
     /// It is within the disk and allowed.
     pub(super) fn begun(&mut self) {
         self.end = End::Failed;
+    }
+
+    /// It counts only if it is [`Counting::done`].
+    pub(super) fn withdrawn(mut self) -> Self {
+        self.end = End::Withdrawn;
+        self
     }
 
     /// It is done.
@@ -104,6 +112,7 @@ impl Drop for Counting {
         match self.end {
             End::Failed => stats.failed += 1,
             End::Invalid => stats.invalid += 1,
+            End::Withdrawn => {}
             End::Done => {
                 stats.operations += 1;
                 stats.bytes = stats.bytes.saturating_add(self.bytes);

@@ -63,7 +63,7 @@ async fn fill(target: Target, offset: u64, len: u64, bytes: Option<&Buf>) -> Res
 }
 
 /// The runs of `range` that the layer does not have; they stay so while the claim is held.
-async fn absent(format: &dyn Format, range: GuestRange) -> Result<Vec<GuestRange>> {
+pub(super) async fn absent(format: &dyn Format, range: GuestRange) -> Result<Vec<GuestRange>> {
     let mut runs: Vec<GuestRange> = Vec::new();
     let mut rest = range;
     while !rest.is_empty() {

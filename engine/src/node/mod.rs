@@ -6,8 +6,9 @@
 //!    their attachment points to;
 //! 3. node claim on the byte range, in order of arrival;
 //! 4. pre-hooks (copy-before-write, durable intent), which may wait;
-//! 5. data: copy-on-write fill and the bytes themselves, and beside them what hooks do with the
-//!    same bytes (an active mirror's target); memory that a guest can still change is copied first;
+//! 5. data: copy-on-write fill and the bytes themselves (or blocks of another file, see `share`),
+//!    and beside them what hooks do with the same bytes (an active mirror's target); memory that a
+//!    guest can still change is copied first;
 //! 6. mapping: the format's guard is completed;
 //! 7. post-hooks and named dirty bitmaps, synchronous, also after a failure;
 //! 8. claim released, answer.
@@ -35,6 +36,7 @@ mod plain;
 mod reads;
 mod request;
 mod resize;
+mod share;
 mod status;
 mod transfer;
 mod users;
@@ -52,6 +54,7 @@ pub use hooks::{HookId, WriteContent, WriteCopy, WriteHook};
 pub use map::MapExtent;
 pub use object::{DetectZeroes, Node, NodeId, NodeOptions};
 pub use request::{Origin, Receipt, WriteFlags, ZeroFlags};
+pub use share::{ShareRight, ShareTurn, Shared};
 pub use status::{StatusExtent, StatusKind};
 pub use users::{Conflict, Permissions, Role, User, UserGuard};
 pub use view::View;

@@ -27,7 +27,7 @@ impl Node {
             return Err(GraphError::InactivePermission("write").into());
         }
         self.writers.set(self.writers.get() + 1);
-        let kept = KeptWritable { node: Some(Rc::clone(self)) };
+        let mut kept = KeptWritable { node: Some(Rc::clone(self)) };
         let asked = self.asked_writable.get();
         let result = self.set_writable(true).await;
         self.asked_writable.set(asked);
@@ -54,14 +54,15 @@ impl KeptWritable {
     /// # Errors
     /// What flushing reports: the node then stays writable.
     pub async fn end(self) -> Result<()> {
-        match self.let_go() {
+        let mut kept = self;
+        match kept.let_go() {
             Some(node) => node.set_writable(false).await,
             None => Ok(()),
         }
     }
 
     /// The node, if it is to become read-only now.
-    fn let_go(mut self) -> Option<Rc<Node>> {
+    fn let_go(&mut self) -> Option<Rc<Node>> {
         let node = self.node.take()?;
         node.writers.set(node.writers.get() - 1);
         (node.writers.get() == 0 && !node.asked_writable.get()).then_some(node)
@@ -70,11 +71,11 @@ impl KeptWritable {
 
 impl Drop for KeptWritable {
     fn drop(&mut self) {
-        let Some(node) = self.node.take() else { return };
+        let Some(node) = self.let_go() else { return };
         let core = node.core().clone();
-        let kept = Self { node: Some(node) };
+        // Nothing of this task does the same again when an engine that stops drops it.
         drop(core.spawn(crate::executor::Class::Background, async move {
-            if let Err(error) = kept.end().await {
+            if let Err(error) = node.set_writable(false).await {
                 tracing::warn!(%error, "a node of an ended job is still writable");
             }
         }));

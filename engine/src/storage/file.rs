@@ -49,16 +49,16 @@ pub struct FileOptions {
 /// An open file.
 #[derive(Debug)]
 pub struct File {
-    core: Core,
+    pub(super) core: Core,
     name: String,
     path: RefCell<PathBuf>,
     beneath: Option<PathBuf>,
     direct: bool,
     handle: RefCell<Rc<Handle>>,
-    facts: FileFacts,
+    pub(super) facts: FileFacts,
     writable: Cell<bool>,
-    size: Cell<u64>,
-    claims: Rc<RangeLocks>,
+    pub(super) size: Cell<u64>,
+    pub(super) claims: Rc<RangeLocks>,
     flush: FlushState,
     locks: Option<Locks>,
     /// Set when the file system refused to punch holes or zero ranges.
@@ -205,7 +205,7 @@ impl File {
         self.writable.get()
     }
 
-    fn handle(&self) -> Rc<Handle> {
+    pub(super) fn handle(&self) -> Rc<Handle> {
         Rc::clone(&self.handle.borrow())
     }
 

@@ -9,6 +9,7 @@ mod lock;
 mod memory;
 mod paths;
 mod place;
+mod share;
 mod watch;
 
 pub use file::{DiscardStats, File, FileOptions, IoFuture};
@@ -16,4 +17,5 @@ pub use lock::LockRequest;
 pub use memory::{Memory, Traffic};
 pub use paths::{PathFacts, is_folder, rename, stat, sync_folder_of, unlink};
 pub use place::{Storage, StorageExtent};
+pub use share::Sharing;
 pub use watch::{Exceeded, Tell, WriteWatch};

@@ -23,6 +23,7 @@ use liveblk_engine::executor::Class;
 use liveblk_engine::executor::sync::{Either, select};
 use liveblk_engine::{Error, ErrorKind};
 
+use super::chunk::How;
 use super::state::Copy;
 use crate::error::JobError;
 use crate::event::{Action, Operation};
@@ -92,6 +93,11 @@ impl Crowd {
         self.readers.borrow().iter().any(|(_, read)| read.overlaps(range))
     }
 
+    /// Whether a guest waits for something of `range`.
+    pub(super) fn waits_for(&self, range: GuestRange) -> bool {
+        self.waiting.borrow().iter().any(|guest| guest.range.overlaps(range))
+    }
+
     /// The copy of `range` failed: whoever waits for it fails.
     fn fail(&self, range: GuestRange, error: &Error) {
         let mut waiting = self.waiting.borrow_mut();
@@ -150,6 +156,10 @@ impl Copy {
     pub(crate) async fn before_guest_write(self: Rc<Self>, range: GuestRange) -> EngineResult<()> {
         let wide = range.widen(self.granularity());
         let in_line = self.crowd.line_up(wide);
+        if self.regions.is_reading(wide) {
+            // A copy that is held up gives the region back.
+            self.job.changed().notify_all();
+        }
         let work = self.keep_old(wide, &in_line);
         let Some(nanos) = self.before.timeout_ns else { return work.await };
         match select(work, self.job.core().sleep(nanos)).await {
@@ -220,7 +230,8 @@ impl Copy {
             return Start::Full(zero);
         }
         let flight = self.flight(range, range.len);
-        let Some(run) = self.take(range, zero, true) else { return Start::Busy };
+        let how = if zero { How::Zeroes } else { How::Memory };
+        let Some(run) = self.take(range, how, true) else { return Start::Busy };
         self.job.rate().borrow_mut().charge(range.len, self.job.core().now());
         let copy = Rc::clone(self).copy_run(run, flight);
         drop(self.job.core().spawn(Class::Guest, copy));

@@ -15,10 +15,20 @@ use crate::region::Region;
 /// A region to be copied.
 pub(super) struct Run {
     pub(super) region: Region,
-    /// Whether it is known to read as zeroes.
-    pub(super) zero: bool,
+    pub(super) how: How,
     /// Whether a guest waits for it.
     pub(super) urgent: bool,
+}
+
+/// How a region is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum How {
+    /// It is known to read as zeroes.
+    Zeroes,
+    /// Through memory.
+    Memory,
+    /// By sharing the blocks of the source.
+    Share,
 }
 
 /// What goes to the target.
@@ -31,7 +41,10 @@ impl Copy {
     /// Copies `run`. Its dirty bits are cleared already.
     pub(super) async fn copy_run(self: Rc<Self>, run: Run, flight: Flight) {
         let range = run.region.range();
-        if run.zero {
+        if run.how == How::Share {
+            return self.share_run(run, flight).await;
+        }
+        if run.how == How::Zeroes {
             run.region.read_done();
             if self.put(&run, range, Content::Zeroes(range.len)).await {
                 self.note_landed(range);
@@ -50,7 +63,7 @@ impl Copy {
             at = piece.end().bytes();
             let Some(bytes) = self.fetch(&run, piece).await else { return };
             #[cfg(feature = "planted-bugs")]
-            if self.clears_late(run.zero) {
+            if self.clears_late(false) {
                 self.todo.borrow_mut().clear_range(piece);
             }
             if at == end {
@@ -178,7 +191,12 @@ impl Copy {
                     self.target.write_zeroes(start, *len, flags, origin)
                 }
             };
-            let Err(error) = written.await else { return true };
+            let Err(error) = written.await else {
+                if let Content::Bytes(bytes) = &content {
+                    self.job.count_copied(bytes.len() as u64);
+                }
+                return true;
+            };
             if self.is_dead() {
                 return false;
             }

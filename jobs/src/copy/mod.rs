@@ -13,12 +13,15 @@
 //! Reads of the source pass its gate, because somebody whom a drain waits for may wait for them.
 //! Writes to the target wait at the target's gate, except those that a guest or a cut waits for.
 //!
+//! Where both sides are files that can share blocks, steps 3 to 5 are one (see `offload`).
+//!
 //! A copy in flight is a task of its own that holds the use of the target: when the job is forced
 //! to end nobody waits for it, and the target stays in use until it has ended.
 
 mod before;
 mod bitmap;
 mod chunk;
+mod offload;
 mod pieces;
 mod plan;
 mod run;

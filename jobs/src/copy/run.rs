@@ -5,7 +5,8 @@ use std::rc::Rc;
 use liveblk_engine::address::GuestRange;
 use liveblk_engine::executor::Class;
 
-use super::chunk::Run;
+use super::chunk::{How, Run};
+use super::offload::Way;
 use super::state::Copy;
 use crate::error::{JobError, Result};
 use crate::limits::ZERO_UNIT;
@@ -52,6 +53,9 @@ impl Copy {
                 job.set_busy(true);
                 continue;
             }
+            if self.look_ahead().await {
+                continue;
+            }
             if !self.start_next() {
                 changed.await;
             }
@@ -90,6 +94,9 @@ impl Copy {
             }
             if self.is_clean() {
                 break;
+            }
+            if self.look_ahead().await {
+                continue;
             }
             if !(self.has_room() && self.start_next()) {
                 changed.await;
@@ -134,7 +141,7 @@ impl Copy {
     fn start_next(self: &Rc<Self>) -> bool {
         let Some(run) = self.next_run() else { return false };
         let range = run.region.range();
-        if !run.zero {
+        if run.how != How::Zeroes {
             self.job.rate().borrow_mut().charge(range.len, self.job.core().now());
         }
         let flight = self.flight(range, 0);
@@ -149,7 +156,7 @@ impl Copy {
         let mut wrapped = from == 0;
         loop {
             let found = self.next_candidate(from);
-            let Some((range, zero)) = found else {
+            let Some((range, how)) = found else {
                 if wrapped {
                     return None;
                 }
@@ -167,35 +174,40 @@ impl Copy {
                 }
             };
             self.cursor.set(range.end().bytes());
-            return self.take(range, zero, false);
+            return self.take(range, how, false);
         }
     }
 
     /// The next dirty run of one kind at or after `from`, at most a unit long.
-    fn next_candidate(&self, from: u64) -> Option<(GuestRange, bool)> {
+    fn next_candidate(&self, from: u64) -> Option<(GuestRange, How)> {
         let todo = self.todo.borrow();
         let zeroes = self.zero.borrow();
-        let unit = self.job.rate().borrow_mut().unit(todo.granularity(), self.largest_unit());
+        let unit = |largest| self.job.rate().borrow_mut().unit(todo.granularity(), largest);
         let start = todo.next_dirty(from)?;
-        let zero = zeroes.test(start);
-        let (limit, change) = if zero {
-            (ZERO_UNIT.max(unit), zeroes.next_clean(start))
-        } else {
-            (unit, zeroes.next_dirty(start).unwrap_or(self.size()))
+        if zeroes.test(start) {
+            let limit = ZERO_UNIT.max(unit(self.largest_unit()));
+            let range =
+                todo.next_dirty_range(start, limit.min(zeroes.next_clean(start) - start))?;
+            return Some((range, How::Zeroes));
+        }
+        let change = zeroes.next_dirty(start).unwrap_or(self.size());
+        let (how, limit, end) = match self.way(start) {
+            Way::Memory(end) => (How::Memory, unit(self.largest_unit()), end),
+            Way::Share(end) => (How::Share, unit(self.largest_share()), end),
         };
-        let range = todo.next_dirty_range(start, limit.min(change - start))?;
-        Some((range, zero))
+        let range = todo.next_dirty_range(start, limit.min(change.min(end) - start))?;
+        Some((range, how))
     }
 
     /// Claims `range` and clears its dirty bits.
-    pub(super) fn take(&self, range: GuestRange, zero: bool, urgent: bool) -> Option<Run> {
+    pub(super) fn take(&self, range: GuestRange, how: How, urgent: bool) -> Option<Run> {
         let region = self.regions.claim(range)?;
         #[cfg(feature = "planted-bugs")]
-        if self.clears_late(zero) {
-            return Some(Run { region, zero, urgent });
+        if self.clears_late(how == How::Zeroes) {
+            return Some(Run { region, how, urgent });
         }
         self.todo.borrow_mut().clear_range(range);
-        Some(Run { region, zero, urgent })
+        Some(Run { region, how, urgent })
     }
 
     /// Whether the bits of a copy are cleared only after its read, a planted bug.

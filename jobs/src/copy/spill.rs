@@ -27,7 +27,7 @@ use liveblk_engine::executor::{Class, Core};
 use liveblk_engine::storage::{self, File, FileOptions, LockRequest};
 use liveblk_engine::{Error, ErrorKind};
 
-use super::chunk::{Content, Run};
+use super::chunk::{Content, How, Run};
 use super::state::{Copy, Flight};
 use crate::error::{JobError, Result};
 use crate::event::{Action, Operation, SpillInfo};
@@ -254,7 +254,8 @@ impl Copy {
             return false;
         }
         let flight = self.spill_flight(range);
-        let Some(run) = self.take(range, zero, true) else { return false };
+        let how = if zero { How::Zeroes } else { How::Memory };
+        let Some(run) = self.take(range, how, true) else { return false };
         self.job.rate().borrow_mut().charge(range.len, self.job.core().now());
         self.spill.writing.set(self.spill.writing.get() + range.len);
         let copy = Rc::clone(self);
@@ -273,7 +274,7 @@ impl Copy {
     async fn spill_run(&self, run: &Run) {
         let range = run.region.range();
         let mut place = None;
-        if run.zero {
+        if run.how == How::Zeroes {
             run.region.read_done();
             self.job.changed().notify_all();
         } else {
@@ -419,7 +420,8 @@ impl Copy {
     }
 
     async fn drain_run(self: Rc<Self>, region: Region, kept: KeptRun, flight: Flight) {
-        let run = Run { region, zero: kept.at.is_none(), urgent: false };
+        let how = if kept.at.is_none() { How::Zeroes } else { How::Memory };
+        let run = Run { region, how, urgent: false };
         let range = run.region.range();
         if self.drain_pieces(&run, kept).await {
             self.note_landed(range);

@@ -9,6 +9,7 @@ use liveblk_engine::bitmap::DirtyBitmap;
 use liveblk_engine::node::{Node, NodeId, Origin};
 
 use super::before::{BeforeWrite, Crowd};
+use super::offload::Offload;
 use super::spill::{Spill, SpillPlan};
 use crate::converge::Traffic;
 use crate::error::{JobError, Result};
@@ -47,6 +48,8 @@ pub(crate) struct CopySetup {
     pub(crate) keeps_bytes: bool,
     /// Whether space of the source is given back as it is copied.
     pub(crate) discard_source: bool,
+    /// Whether the target may share blocks with the source.
+    pub(crate) shares: bool,
     /// How copy-before-write treats guests.
     pub(crate) before: BeforeWrite,
     /// Where copy-before-write goes on when the target is slow.
@@ -92,6 +95,7 @@ pub(crate) struct Copy {
     pub(super) compress: bool,
     pub(super) keeps_bytes: bool,
     pub(super) discard_source: bool,
+    pub(super) offload: Option<Offload>,
     pub(super) todo: RefCell<DirtyBitmap>,
     /// Bytes per dirty bit, known also while the bits are being changed.
     granularity: u64,
@@ -193,6 +197,12 @@ impl Copy {
         if setup.all_dirty {
             todo.set_all();
         }
+        let shares = setup.shares && !setup.compress;
+        #[cfg(feature = "planted-bugs")]
+        let shares = shares && {
+            use liveblk_engine::planted::{Planted, has};
+            !has(setup.job.core(), Planted::BitClearedAfterRead)
+        };
         let copy = Self {
             zero: RefCell::new(DirtyBitmap::new(size, setup.granularity)),
             todo: RefCell::new(todo),
@@ -206,6 +216,7 @@ impl Copy {
             compress: setup.compress,
             keeps_bytes: setup.keeps_bytes,
             discard_source: setup.discard_source,
+            offload: (shares && !in_memory).then(|| Offload::new(setup.bounds.chunk)),
             job: setup.job,
             source: RefCell::new(setup.source),
             reads: RefCell::default(),
@@ -430,7 +441,12 @@ impl Copy {
     /// Most bytes of one copy of the background loop.
     pub(super) fn largest_unit(&self) -> u64 {
         let half = whole(self.window.get() / 2, self.granularity);
-        if self.window.get() < self.bounds.bytes { half.min(self.unit) } else { self.unit }
+        if self.is_narrowed() { half.min(self.unit) } else { self.unit }
+    }
+
+    /// Whether convergence allows less in flight than the job may have.
+    pub(super) fn is_narrowed(&self) -> bool {
+        self.window.get() < self.bounds.bytes
     }
 
     /// What went on since the start.

@@ -1,7 +1,7 @@
 //! Backups under guest writes on the simulator: point in time, failures, ends.
 use crate::rig::*;
 use liveblk_engine::driver::sim::{FaultRule, HoldPoint, OpFilter, SimOpKind};
-use liveblk_jobs::{BackupSpec, JobManager, OnError, SyncMode, Verb, start_backup};
+use liveblk_jobs::{BackupOptions, BackupSpec, JobManager, OnError, SyncMode, Verb, start_backup};
 
 fn spec(
     id: &str,
@@ -15,7 +15,7 @@ fn spec(
         sync: SyncMode::Full,
         allow_larger_target: false,
         compress: false,
-        more: Default::default(),
+        more: BackupOptions { use_copy_range: true, ..BackupOptions::default() },
     }
 }
 
@@ -149,7 +149,7 @@ fn the_nth_failure_of_the_target_ends_the_job_and_never_reaches_the_guest() {
 #[test]
 fn policy_stop_pauses_and_resume_writes_the_old_content_again() {
     for seed in 300..310 {
-        let mut sim = world(seed);
+        let mut sim = copying_world(seed);
         let first = filled(SIZE);
         sim.fs().create("/d", &first);
         sim.fs().create("/t", &vec![0; SIZE as usize]);

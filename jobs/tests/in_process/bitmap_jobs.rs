@@ -95,7 +95,7 @@ fn a_backup_that_fails_or_is_cancelled_gives_up_only_what_is_durable() {
             [BitmapMode::OnSuccess, BitmapMode::Always, BitmapMode::Never][seed as usize % 3];
         (seed, mode, seed % 2 == 0)
     }) {
-        let mut sim = world(100 + seed);
+        let mut sim = copying_world(100 + seed);
         let first = files(&sim);
         if !cancel {
             let filter = OpFilter::any().file("/t").kind(SimOpKind::Write);

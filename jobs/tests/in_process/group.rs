@@ -113,7 +113,7 @@ fn mirrors_of_a_group_move_their_guests_at_one_instant() {
 #[test]
 fn a_target_that_fails_at_the_end_moves_no_guest_of_the_group() {
     for (nth, kind) in (0..3).flat_map(|nth| [(nth, SimOpKind::Sync), (nth, SimOpKind::Write)]) {
-        let mut sim = world(100 + nth);
+        let mut sim = copying_world(100 + nth);
         let first = files(&sim);
         let log = Log::new();
         let core = sim.core(0);

@@ -12,4 +12,5 @@ mod pace;
 mod real_files;
 #[path = "../rig/mod.rs"]
 mod rig;
+mod sharing;
 mod spill;

@@ -4,8 +4,8 @@ use std::path::Path;
 use crate::rig::*;
 use liveblk_engine::executor::{CoreId, Engine, EngineConfig};
 use liveblk_jobs::{
-    BackupSpec, CopyMode, JobManager, MirrorSpec, Status, SyncMode, Verb, start_backup,
-    start_mirror,
+    BackupOptions, BackupSpec, CopyMode, JobCounters, JobManager, MirrorSpec, Status, SyncMode,
+    Verb, start_backup, start_mirror,
 };
 
 /// Runs a mirror with pivot, then a backup back, on files in `folder`.
@@ -46,14 +46,18 @@ fn there_and_back(folder: &Path) {
             sync: SyncMode::Full,
             allow_larger_target: false,
             compress: false,
-            more: Default::default(),
+            more: BackupOptions { use_copy_range: true, ..BackupOptions::default() },
         };
         let from = core.now();
-        start_backup(backup).await.expect("it starts");
+        let job = start_backup(backup).await.expect("it starts");
         let to = core.now();
         gone(&core, "b").await;
         guests.stop().await;
         assert_eq!(log.failures.get(), 0);
+        // Whether the files can share blocks depends on the folder.
+        let moved = job.counters();
+        assert!(moved.copied + moved.shared <= SIZE * 8, "{moved:?}");
+        assert!(moved.copied + moved.shared > SIZE * 4, "{moved:?}");
         log.prove_instant(&[(0, &first, &content(&b).await)], from, to);
         assert_eq!(first_difference(&content(&t).await, &log.model(0, &first)), None);
     });
@@ -64,6 +68,36 @@ fn there_and_back(folder: &Path) {
 fn mirror_and_backup_are_right_on_a_file_system() {
     let folder = tempfile::tempdir().expect("a folder");
     there_and_back(folder.path());
+}
+
+#[test]
+fn files_that_cannot_share_blocks_are_asked_once_and_copied() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (disk, elsewhere) = (folder.path().join("d"), tempfile::tempdir_in("/dev/shm"));
+    let elsewhere = elsewhere.expect("a folder");
+    std::fs::write(&disk, filled(SIZE)).expect("written");
+    let target = elsewhere.path().join("t");
+    std::fs::write(&target, vec![0xaa; SIZE as usize]).expect("written");
+    let engine = Engine::start(&EngineConfig { cores: 1 }).expect("an engine starts");
+    let paths = [disk, target].map(|path| path.display().to_string());
+    let done = engine.handle().run(CoreId(0), move |core| async move {
+        let d = node(&core, "d", &paths[0]).await;
+        let t = node(&core, "t", &paths[1]).await;
+        let backup = BackupSpec {
+            job: options("b"),
+            source: d.clone(),
+            target: t.clone(),
+            sync: SyncMode::Full,
+            allow_larger_target: false,
+            compress: false,
+            more: BackupOptions { use_copy_range: true, ..BackupOptions::default() },
+        };
+        let job = start_backup(backup).await.expect("it starts");
+        gone(&core, "b").await;
+        assert_eq!(job.counters(), JobCounters { copied: SIZE, shared: 0 });
+        assert_eq!(first_difference(&content(&t).await, &filled(SIZE)), None);
+    });
+    assert_eq!(done.wait(), Some(()));
 }
 
 #[test]

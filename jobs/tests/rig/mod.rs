@@ -5,7 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use liveblk_engine::driver::sim::{Latency, Sim, SimConfig};
+use liveblk_engine::driver::sim::{FaultRule, Latency, OpFilter, Sim, SimConfig, SimOpKind};
 use liveblk_engine::executor::{Class, Core, JoinHandle};
 use liveblk_engine::graph::{Graph, OpenNode};
 use liveblk_engine::node::{Disk, Node, User, WriteFlags, ZeroFlags};
@@ -17,9 +17,19 @@ pub const SECTOR: u64 = 512;
 /// Bytes of the disks.
 pub const SIZE: u64 = 3 << 20;
 
-/// A world for `seed`.
+/// A world for `seed`; in every other one files can share blocks.
 pub fn world(seed: u64) -> Sim {
-    Sim::new(SimConfig::new(seed))
+    let mut config = SimConfig::new(seed);
+    config.fs.shares = seed % 2 == 1;
+    Sim::new(config)
+}
+
+/// A world for `seed` in which every byte of a copy goes through memory, at the latest at a second
+/// try.
+pub fn copying_world(seed: u64) -> Sim {
+    let sim = world(seed);
+    sim.inject(FaultRule::always(OpFilter::any().kind(SimOpKind::Share), 28));
+    sim
 }
 
 /// A world in which nothing takes long.

@@ -131,6 +131,7 @@ pub enum SimOpKind {
     PunchHole,
     ZeroRange,
     Truncate,
+    Share,
     Work,
     Socket,
     Cancel,

@@ -25,11 +25,13 @@ pub struct FsConfig {
     /// Whether a new name survives only after a sync of its folder. Otherwise a sync of the file
     /// itself is enough, as on ext4.
     pub folder_sync_needed: bool,
+    /// Whether files can share blocks, of 4 KiB; otherwise nobody asks.
+    pub shares: bool,
 }
 
 impl Default for FsConfig {
     fn default() -> Self {
-        Self { capacity: None, direct_align: 512, folder_sync_needed: true }
+        Self { capacity: None, direct_align: 512, folder_sync_needed: true, shares: false }
     }
 }
 

@@ -46,6 +46,9 @@ impl Kernel {
                 (kind, file(handle), *offset, *len)
             }
             FsOp::Truncate { file: handle, len } => (Kind::Truncate, file(handle), *len, 0),
+            FsOp::Share { file: handle, offset, len, .. } => {
+                (Kind::Share, file(handle), *offset, *len)
+            }
         };
         Subject { kind, name, offset, len }
     }
@@ -76,6 +79,9 @@ impl Kernel {
                 self.fallocate(op, file, *mode, *offset, *len)
             }
             FsOp::Truncate { file, len } => self.truncate(op, file, *len),
+            FsOp::Share { source, source_offset, file, offset, len } => {
+                self.share(op, (source, *source_offset), (file, *offset), *len)
+            }
         };
         match answer {
             Ok(FsOutcome::WrongKind(kind)) => (-libc::EINVAL, FsOutcome::WrongKind(kind)),
@@ -96,6 +102,7 @@ impl Kernel {
             identity: (DEVICE, inode),
             block_device: false,
             remote: false,
+            block: if state.config.shares { PAGE } else { 0 },
         }
     }
 
@@ -267,6 +274,47 @@ impl Kernel {
         let mut state = self.fs.state();
         let file = state.files.get_mut(&open.inode).ok_or(libc::EBADF)?;
         file.resize(op, len);
+        Ok(FsOutcome::None)
+    }
+
+    /// What FICLONERANGE does and refuses: whole blocks, inside the source; a block of the target
+    /// needs no space, but for one that was not there.
+    fn share(&self, op: u64, from: (&Handle, u64), to: (&Handle, u64), len: u64) -> Answer {
+        let source = self.open_file(from.0).ok_or(libc::EBADF)?.inode;
+        let open = self.open_file(to.0).ok_or(libc::EBADF)?;
+        if !open.writable {
+            return Err(libc::EBADF);
+        }
+        let mut state = self.fs.state();
+        if !state.config.shares {
+            return Err(libc::EOPNOTSUPP);
+        }
+        let free = state.free_pages();
+        let content = state.files.get(&source).ok_or(libc::EBADF)?.live.clone();
+        let whole = (from.1 | to.1 | len).is_multiple_of(PAGE);
+        let inside = from.1.checked_add(len).is_some_and(|end| end <= content.size);
+        if !whole || !inside || len == 0 || source == open.inode {
+            return Err(libc::EINVAL);
+        }
+        let file = state.files.get_mut(&open.inode).ok_or(libc::EBADF)?;
+        if file.live.pages.missing(to.1, len) > free {
+            return Err(libc::ENOSPC);
+        }
+        let mut at = 0;
+        for (run, data) in content.pages.runs(from.1, len) {
+            if data {
+                let mut bytes = vec![0; usize::try_from(run).map_err(|_| libc::EFBIG)?];
+                content.pages.read(from.1 + at, &mut bytes);
+                file.write(op, to.1 + at, bytes);
+            } else {
+                let end = to.1 + at + run;
+                if end > file.live.size {
+                    file.resize(op, end);
+                }
+                file.zero(op, to.1 + at, end);
+            }
+            at += run;
+        }
         Ok(FsOutcome::None)
     }
 }

@@ -95,7 +95,7 @@ pub(crate) struct ConvertOptions {
     /// Zeroes in place of what cannot be read, with a warning, instead of failing
     #[arg(long)]
     salvage: bool,
-    /// Accepted without effect: let the file system copy
+    /// Share blocks with the source where the file system can; these are not searched for zeroes
     #[arg(short = 'C', long)]
     copy_range_offloading: bool,
     /// Accepted without effect: pieces may always be written out of order
@@ -331,6 +331,7 @@ async fn transfer(
         below: zeroes.below,
         window: usize::from(options.parallel),
         salvages: options.salvage.then_some(!options.quiet),
+        sharing: options.copy_range_offloading.then(Rc::default),
         pace: Pace::new(host, plan.rate),
         progress: Progress::new(plan.sources.total(), options.progress, options.quiet),
     };

@@ -4,14 +4,17 @@
 //! laid out in order; reads and writes of different pieces are in flight together; (2) a piece
 //! counts as done when its write has ended; (3) the first failure stops the copy after what is in
 //! flight has ended. What the source knows to be zeroes is not read; zeroes are written only where
-//! the target does not read as zeroes already.
+//! the target does not read as zeroes already. Where it is asked for, blocks are shared with the
+//! source instead of copied, as far as the file system can; those are not looked at for zeroes.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+use liveblk::engine::address::GuestRange;
 use liveblk::engine::buf::Buf;
 use liveblk::engine::executor::Core;
-use liveblk::engine::node::{MapExtent, Origin, Receipt};
+use liveblk::engine::node::{MapExtent, Origin, Receipt, ShareRight, Shared};
+use liveblk::engine::storage::Sharing;
 use liveblk::{Host, Node, WriteFlags, ZeroFlags};
 
 use super::failure::Failure;
@@ -21,6 +24,9 @@ use super::{map, source};
 
 /// Bytes whose map is looked up at once.
 const STEP: u64 = 256 << 20;
+
+/// Most bytes that are shared at once.
+const SHARE_STEP: u64 = 64 << 20;
 
 /// Bytes of one write of zeroes.
 const ZERO_STEP: u64 = 256 << 20;
@@ -68,6 +74,8 @@ pub(crate) struct Copy<'a> {
     pub(crate) window: usize,
     /// Zeroes take the place of what cannot be read; whether that is told.
     pub(crate) salvages: Option<bool>,
+    /// Blocks are shared where that is possible.
+    pub(crate) sharing: Option<Rc<Sharing>>,
     pub(crate) pace: Pace,
     pub(crate) progress: Progress,
 }
@@ -195,16 +203,65 @@ impl Copy<'_> {
                 let at = at.max(flight.reached).max(start);
                 let end = end.min(last).max(at);
                 flight.reached = end;
-                for (at, len) in pieces::split(at, end - at, unit) {
-                    if flight.reads.len() >= self.window {
-                        self.advance(flight).await?;
-                    }
-                    let read = pieces::read(self.host, node, at - start, len);
-                    flight.reads.push_back((at, read));
+                for (at, end) in self.share(flight, node, start, (at, end)).await {
+                    self.read(flight, node, start, (at, end), unit).await?;
                 }
                 Ok(())
             }
         }
+    }
+
+    /// Shares what can be shared of a part of the target with `node`, which begins there at
+    /// `start`; the parts that are left to be copied.
+    async fn share(
+        &self,
+        flight: &mut Flight,
+        node: &Rc<Node>,
+        start: u64,
+        (mut at, end): (u64, u64),
+    ) -> Vec<(u64, u64)> {
+        let mut left = Vec::new();
+        // Only the first source lies where it lies in the target.
+        if let Some(sharing) = self.sharing.as_ref().filter(|_| start == 0) {
+            let looked = node.sharable(GuestRange::new(at, end - at), self.target, sharing);
+            for run in looked.await.unwrap_or_default() {
+                for (from, len) in pieces::split(run.start.bytes(), run.len, SHARE_STEP) {
+                    self.pace.wait(flight.written).await;
+                    let sharing = Rc::clone(sharing);
+                    let right = ShareRight { sharing, ..ShareRight::default() };
+                    let range = GuestRange::new(from, len);
+                    let origin = Origin::External;
+                    if self.target.write_shared(node, range, right, origin).await == Shared::Done {
+                        left.push((at, from));
+                        at = range.end().bytes();
+                        flight.written += len;
+                        self.progress.at(at);
+                    }
+                }
+            }
+        }
+        left.push((at, end));
+        left.retain(|(at, end)| at < end);
+        left
+    }
+
+    /// Starts to read a part of the target from `node`.
+    async fn read(
+        &self,
+        flight: &mut Flight,
+        node: &Rc<Node>,
+        start: u64,
+        (at, end): (u64, u64),
+        unit: u64,
+    ) -> Result<(), Failure> {
+        for (at, len) in pieces::split(at, end - at, unit) {
+            if flight.reads.len() >= self.window {
+                self.advance(flight).await?;
+            }
+            let read = pieces::read(self.host, node, at - start, len);
+            flight.reads.push_back((at, read));
+        }
+        Ok(())
     }
 
     fn duty(&self, run: &MapExtent) -> Duty {

@@ -2,6 +2,7 @@
 
 mod cuts;
 mod ownership;
+mod sharing;
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
