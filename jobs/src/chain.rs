@@ -22,8 +22,9 @@ use liveblk_engine::node::{KeptWritable, Node, Permissions, Role, User, UserGuar
 use crate::copy::Copy;
 use crate::error::{JobError, Result};
 use crate::job::Job;
-use crate::limits::{FINISH_TRIES, RETIRE_WAIT_NS, SECTION_WAIT_NS};
+use crate::limits::{RETIRE_WAIT_NS, SECTION_WAIT_NS};
 use crate::manager::JobManager;
+use crate::read_only::become_read_only;
 use crate::start::LastStep;
 
 /// See the module.
@@ -112,16 +113,10 @@ impl Held {
             graph.set_backing_permissions(&overlay, Permissions::of_overlay());
         }
         for (node, kept) in self.writable {
-            let mut ended = kept.end().await;
-            for _ in 1..FINISH_TRIES {
-                if ended.is_ok() {
-                    break;
-                }
-                ended = node.set_writable(false).await;
-            }
-            if let Err(error) = ended {
+            let ended = kept.end().await;
+            if ended.is_err() {
                 // What it did not take cannot be forgotten; nobody writes to it any more.
-                tracing::warn!(node = %node.name(), %error, "a node is still writable");
+                become_read_only(&node, Some(ended)).await;
             }
         }
     }

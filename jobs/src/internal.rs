@@ -40,7 +40,7 @@ pub(crate) struct PreparedInternal {
 /// Step 1.
 pub(crate) fn prepare(core: &Core, spec: InternalSnapshot) -> Result<PreparedInternal> {
     let node = find(core, &spec.node, &spec.node)?;
-    if !node.is_writable() {
+    if !node.takes_writers() {
         return Err(SnapshotError::ReadOnly { device: spec.node.into() }.into());
     }
     let held = snapshots_of(&node, &spec.node)?;

@@ -44,6 +44,7 @@ pub mod mirror;
 mod pivot;
 pub mod progress;
 pub mod rate;
+mod read_only;
 pub mod region;
 pub mod snapshot;
 pub mod spec;

@@ -105,6 +105,12 @@ pub const CONVERGE_TICK_MAX_NS: u64 = 250_000_000;
 /// Tries of the steps that finish a transaction after its decision.
 pub const FINISH_TRIES: u32 = 5;
 
+/// Nanoseconds after which a node that could not become read-only tries again; doubled each time.
+pub const READ_ONLY_RETRY_NS: u64 = 1_000_000_000;
+
+/// See [`READ_ONLY_RETRY_NS`].
+pub const READ_ONLY_RETRY_MAX_NS: u64 = 10_000_000_000;
+
 /// What [`PIVOT_BYTES`] never grows beyond: what a slow disk takes in a fraction of a second.
 pub const PIVOT_BYTES_MAX: u64 = 32 << 20;
 

@@ -21,8 +21,9 @@ use liveblk_engine::{Error, ErrorKind};
 
 use crate::error::{JobError, Result, SnapshotError};
 use crate::event::Kind;
-use crate::limits::{CUT_WAIT_NS, FINISH_TRIES};
+use crate::limits::CUT_WAIT_NS;
 use crate::manager::JobManager;
+use crate::read_only::become_read_only;
 use crate::start::flush_ahead;
 
 /// Where the image of a new layer comes from.
@@ -286,18 +287,10 @@ impl PreparedSnapshot {
         }
     }
 
-    /// Makes the old node read-only and clean on disk; tries again, and leaves it at that: the
-    /// overlay is in use and nothing writes to the node any more.
+    /// Makes the old node read-only and clean on disk, if that must be later: the overlay is in use
+    /// and nothing writes to the node any more.
     pub(crate) async fn finish(&self) {
-        for attempt in 1..=FINISH_TRIES {
-            match self.base.set_writable(false).await {
-                Ok(()) => return,
-                Err(error) => {
-                    let node = self.base.name();
-                    tracing::warn!(%node, attempt, %error, "the old layer is still writable");
-                }
-            }
-        }
+        become_read_only(&self.base, None).await;
     }
 
     /// Undoes what was prepared and published.

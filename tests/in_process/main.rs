@@ -22,6 +22,7 @@ mod hooks_at_every_step;
 mod internal_snapshots;
 mod jobs_on_chains;
 mod known_failures;
+mod late_bitmaps;
 #[path = "../layers/mod.rs"]
 mod layers;
 mod orphan_writes;

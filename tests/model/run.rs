@@ -95,6 +95,8 @@ pub(crate) fn run(seed: u64, settings: Settings) -> Outcome {
     }
     let seen = Rc::clone(&world);
     sim.run_until(|| seen.tasks.get() == 0);
+    let late = Rc::clone(&world);
+    sim.block_on(0, |_| async move { late.judge_late().await });
     let closing = Rc::clone(&world);
     let sent = world.clock.tick();
     let closed = sim.block_on(0, |_| async move { closing.host.close().await });

@@ -80,9 +80,12 @@ pub(crate) async fn snapshots(world: &Rc<World>, disks: &[usize], rng: &mut Rng)
 async fn judge_bases(world: &Rc<World>, layers: &[Layer], window: Window) {
     let mut parts = Vec::new();
     for layer in layers {
-        // Without space a base may keep its bitmaps in memory, and stay writable for them.
-        let excused = world.is_broken.get() || world.plan.full.is_some();
-        assert!(!layer.base.is_writable() || excused, "a base is read-only");
+        if layer.base.is_writable() {
+            // Without space a base may keep its bitmaps in memory, and stay writable for a while.
+            let excused = world.is_broken.get() || window.from < world.full_until.get();
+            assert!(excused, "a base is read-only");
+            world.late.borrow_mut().push(Rc::clone(&layer.base));
+        }
         let bytes = read_node(&layer.base).await.expect("the base can be read");
         let values = pattern::values(&bytes, 0);
         parts.push((layer.disk, values.unwrap_or_else(|wrong| panic!("a base is bad: {wrong}"))));

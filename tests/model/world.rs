@@ -8,8 +8,9 @@ use liveblk::engine::driver::sim::{Rng, Sim, SimConfig, SimFs, SimOpKind};
 use liveblk::engine::executor::sync::Semaphore;
 use liveblk::engine::executor::{Class, Core};
 use liveblk::engine::format::ReferencePolicy;
-use liveblk::engine::node::{NodeOptions, User};
+use liveblk::engine::node::{Node, NodeOptions, User};
 use liveblk::engine::storage::unlink;
+use liveblk::jobs::limits::READ_ONLY_RETRY_MAX_NS;
 use liveblk::{Disk, Error, ErrorKind, Event, Host, WriteFlags};
 
 use super::bitmaps::Bitmap;
@@ -149,6 +150,8 @@ pub(crate) struct World {
     pub(crate) is_broken: Cell<bool>,
     /// Requests that began before this may fail for want of space.
     pub(crate) full_until: Cell<Tick>,
+    /// Layers that found no space to become read-only.
+    pub(crate) late: RefCell<Vec<Rc<Node>>>,
     /// What happens at the very moment when a job says that it is complete, by its id.
     at_success: RefCell<Vec<(String, Box<dyn FnOnce()>)>>,
 }
@@ -354,6 +357,7 @@ impl World {
             is_closed: Cell::new(false),
             is_broken: Cell::new(false),
             full_until: Cell::new(0),
+            late: RefCell::default(),
             at_success: RefCell::default(),
         });
         let weak = Rc::downgrade(&world);
@@ -427,6 +431,20 @@ impl World {
             }
         }
         self.images.borrow_mut().push(Rc::clone(image));
+    }
+
+    /// There is space again: layers that could not become read-only do so by themselves.
+    pub(crate) async fn judge_late(&self) {
+        let late = self.late.take();
+        if late.is_empty() || self.is_broken.get() {
+            return;
+        }
+        self.core.sleep(2 * READ_ONLY_RETRY_MAX_NS).await;
+        for node in late {
+            let there = self.host.graph().node(node.id()).is_some();
+            let forgotten = there && node.is_writable() && !node.is_asked_writable();
+            assert!(!forgotten, "{node:?} stays writable");
+        }
     }
 
     /// The chain that holds disk `index`.

@@ -19,6 +19,15 @@ impl Node {
         !self.inactive.get()
     }
 
+    /// Whether somebody may come to write: not where only a job keeps the image writable, or where
+    /// it could not become read-only yet.
+    pub fn takes_writers(&self) -> bool {
+        self.filtered().map_or_else(
+            || self.is_writable() && self.is_asked_writable(),
+            |below| below.takes_writers(),
+        )
+    }
+
     /// Whether it takes writes, or would if it were active.
     pub fn is_writable_when_active(&self) -> bool {
         if self.is_active() { self.is_writable() } else { self.is_asked_writable() }
@@ -43,10 +52,7 @@ impl Node {
         if self.inactive.get() {
             return Ok(());
         }
-        let asked = self.asked_writable.get();
-        let stopped = self.set_writable(false).await;
-        self.asked_writable.set(asked);
-        stopped?;
+        self.turn_for_now(false).await?;
         if self.takes_bitmaps.get() {
             // The bits in memory are not those of the file any more.
             self.format().set_writable(false).await?;
@@ -66,9 +72,8 @@ impl Node {
         }
         self.look_again().await?;
         self.layer_state().changed(&**self.format());
-        let asked = self.asked_writable.get();
-        let started = match asked {
-            true => self.set_writable(true).await,
+        let started = match self.asked_writable.get() {
+            true => self.turn_for_now(true).await,
             false if self.is_protocol() || self.cluster_size() == 1 => {
                 self.lock_all(LockRequest::ReadShared).await
             }
@@ -77,7 +82,6 @@ impl Node {
                 refused => refused,
             },
         };
-        self.asked_writable.set(asked);
         if let Err(error) = started {
             // The error is what counts; a lock too much only keeps others out.
             let _ = self.lock_all(LockRequest::None).await;

@@ -60,7 +60,7 @@ impl Disk {
     /// read-only node.
     pub fn attach(node: &Rc<Node>, user: User, writable: bool) -> Result<Self> {
         let node = &node.served();
-        if writable && !node.is_writable() {
+        if writable && !node.takes_writers() {
             return Err(Error::new(ErrorKind::ReadOnly, "attach").on(&node.name()));
         }
         let guard = Node::use_by(node, user, Permissions::of_guest(writable))?;
@@ -74,7 +74,7 @@ impl Disk {
     /// As [`Disk::attach`]; an inactive node is writable if it would be so when it is active.
     pub fn attach_resting(node: &Rc<Node>, user: User, writable: bool) -> Result<Self> {
         let node = &node.served();
-        if writable && !node.is_writable_when_active() {
+        if writable && !(node.takes_writers() || !node.is_active() && node.is_asked_writable()) {
             return Err(Error::new(ErrorKind::ReadOnly, "attach").on(&node.name()));
         }
         let guard = Node::use_resting(node, user, Permissions::of_guest(writable))?;

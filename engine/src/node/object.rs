@@ -15,6 +15,7 @@ use super::users::Users;
 use super::view::View;
 use crate::buf::Buf;
 use crate::error::Result;
+use crate::executor::sync::Mutex;
 use crate::executor::{Core, JoinHandle};
 use crate::format::{Format, ImageInfo};
 use crate::node::map::MapExtent;
@@ -85,6 +86,8 @@ pub struct Node {
     pub(super) takes_bitmaps: Cell<bool>,
     /// Jobs that keep it writable.
     pub(super) writers: Cell<u32>,
+    /// Held by who makes the image writable or read-only.
+    turning: Mutex<()>,
     /// What lies below was changed: its content means nothing any more.
     stale: Cell<bool>,
     file: RefCell<Option<Rc<Node>>>,
@@ -119,6 +122,7 @@ impl Node {
             inactive: Cell::new(false),
             takes_bitmaps: Cell::new(false),
             writers: Cell::new(0),
+            turning: Mutex::new(core, ()),
             stale: Cell::new(false),
             file: RefCell::new(parts.file),
             data: RefCell::new(parts.data),
@@ -347,6 +351,19 @@ impl Node {
     /// What flushing or the locks report; the node then keeps its state.
     pub async fn set_writable(&self, writable: bool) -> Result<()> {
         self.asked_writable.set(writable);
+        let _turn = self.turning.lock().await;
+        // Where something else was asked meanwhile, that call decides.
+        if self.asked_writable.get() == writable { self.turn(writable).await } else { Ok(()) }
+    }
+
+    /// As [`Node::set_writable`], whatever the users asked for. A job that comes while the image
+    /// becomes read-only makes it writable afterwards.
+    pub(super) async fn turn_for_now(&self, writable: bool) -> Result<()> {
+        let _turn = self.turning.lock().await;
+        self.turn(writable).await
+    }
+
+    async fn turn(&self, writable: bool) -> Result<()> {
         if self.layer.state.is_writable() == writable {
             return Ok(());
         }

@@ -28,10 +28,7 @@ impl Node {
         }
         self.writers.set(self.writers.get() + 1);
         let mut kept = KeptWritable { node: Some(Rc::clone(self)) };
-        let asked = self.asked_writable.get();
-        let result = self.set_writable(true).await;
-        self.asked_writable.set(asked);
-        match result {
+        match self.turn_for_now(true).await {
             Ok(()) => Ok(kept),
             Err(error) => {
                 kept.let_go();
