@@ -4,9 +4,9 @@
 //! Order: (1) checks; (2) prepare every action in list order, each on the core of its node (files
 //! are created, nothing that runs is touched); (3) publish the new files; (4) one cut over all
 //! nodes of all actions on all cores: with nothing in flight images take their own snapshots, then
-//! every action swaps (memory only); (5) commit: jobs
-//! start; (6) finish: old layers become read-only. The first failure before the swaps of (4) undoes
-//! everything in reverse order and is the answer.
+//! every action swaps (memory only); where a snapshot from elsewhere moved a job since (2) the cut
+//! is planned again; (5) commit: jobs start; (6) finish: old layers become read-only. The first
+//! failure before the swaps of (4) undoes everything in reverse order and is the answer.
 //!
 //! A transaction runs as a task of its own: dropping the caller's future does not stop it half-way.
 
@@ -169,14 +169,21 @@ impl Step {
         }
     }
 
+    /// Whether the cut was planned for where its guests are.
+    fn stays(&self) -> bool {
+        match self {
+            Self::Job(job) => job.copy.check_source(job.slot.planned()).is_ok(),
+            Self::Snapshot(_) | Self::Internal(_) | Self::Bitmap(_) => true,
+        }
+    }
+
     /// With all gates closed, before any swap: images take their own snapshots, and what may have
     /// changed since it was prepared is looked at again.
     async fn begin_cut(&mut self, core: &Core) -> Result<()> {
         match self {
             Self::Internal(snapshot) => snapshot.take().await,
             Self::Snapshot(snapshot) => snapshot.check(core),
-            Self::Job(job) => Ok(job.copy.check_source(job.slot.planned())?),
-            Self::Bitmap(_) => Ok(()),
+            Self::Job(_) | Self::Bitmap(_) => Ok(()),
         }
     }
 
@@ -323,8 +330,36 @@ async fn publish_and_cut(
     for home in homes.clone() {
         with_steps(core, home, number, async |core, steps| publish(core, steps).await).await?;
     }
-    let failed: Rc<RefCell<Option<JobError>>> = Rc::default();
-    let mut take = Some(take_internal(core, number, homes, Rc::clone(&failed)));
+    loop {
+        let ended: Rc<Cell<Option<Stop>>> = Rc::default();
+        match cut_once(core, number, parts, Rc::clone(&ended)).await {
+            Ok(()) => return Ok(()),
+            Err(error) => match ended.take() {
+                // A snapshot moved guests first, and a job with them: it starts where they are.
+                Some(Stop::Moved) => parts = plan_again(core, number, &homes).await?,
+                Some(Stop::Failed(error)) => return Err(error),
+                None => return Err(error),
+            },
+        }
+    }
+}
+
+/// Why a cut ended before its swaps.
+enum Stop {
+    /// A job is at another node than the one whose gates are closed; nothing was done.
+    Moved,
+    Failed(JobError),
+}
+
+/// One cut over `parts`; `ended` says why its steps ended it.
+async fn cut_once(
+    core: &Core,
+    number: u64,
+    mut parts: BTreeMap<CoreId, Vec<NodeId>>,
+    ended: Rc<Cell<Option<Stop>>>,
+) -> Result<()> {
+    let homes = parts.keys().copied().collect();
+    let mut begin = Some(begin_steps(core, number, homes, ended));
     // What runs before the swaps belongs to the part of this core.
     parts.entry(core.id()).or_default();
     let part = |(home, nodes)| {
@@ -336,52 +371,79 @@ async fn publish_and_cut(
             }
         };
         let swap = Swap::Remote(Box::new(swap));
-        let before_swap = if home == core.id() { take.take() } else { None };
+        let before_swap = if home == core.id() { begin.take() } else { None };
         CutPart { core: home, nodes, flush: true, before_swap, swap }
     };
     let parts = parts.into_iter().map(part).collect();
-    let done = cut(core, parts, CUT_WAIT_NS).await;
-    match failed.take() {
-        Some(error) => Err(error),
-        None => Ok(done?),
-    }
+    Ok(cut(core, parts, CUT_WAIT_NS).await?)
 }
 
-/// With all gates closed: images take their own snapshots. What goes wrong is left in `failed`.
-fn take_internal(
+/// The nodes of the cut, as they are now.
+async fn plan_again(
+    core: &Core,
+    number: u64,
+    homes: &[CoreId],
+) -> Result<BTreeMap<CoreId, Vec<NodeId>>> {
+    let mut parts = BTreeMap::new();
+    for home in homes {
+        let nodes = with_steps(core, *home, number, async |_, steps| {
+            let mut nodes: Vec<NodeId> = steps.iter().flat_map(Step::nodes).collect();
+            nodes.sort_unstable();
+            nodes.dedup();
+            Ok(nodes)
+        });
+        parts.insert(*home, nodes.await?);
+    }
+    Ok(parts)
+}
+
+/// With all gates closed: everything is looked at, then images take their own snapshots. What goes
+/// wrong is left in `ended`.
+fn begin_steps(
     core: &Core,
     number: u64,
     homes: Vec<CoreId>,
-    failed: Rc<RefCell<Option<JobError>>>,
+    ended: Rc<Cell<Option<Stop>>>,
 ) -> BeforeSwap {
     let core = core.clone();
     Box::new(move |_| {
         Box::pin(async move {
-            for home in homes {
-                let taken = with_steps(&core, home, number, async |core, steps| {
-                    for step in steps {
-                        step.begin_cut(core).await?;
-                    }
-                    Ok(())
-                });
-                if let Err(error) = taken.await {
-                    failed.replace(Some(error));
-                    let (kind, what) = (ErrorKind::Cancelled, "take the snapshots");
-                    return Err(liveblk_engine::Error::new(kind, what));
-                }
-            }
-            Ok(())
+            let stop = begin_all(&core, number, &homes).await.err();
+            let Some(stop) = stop else { return Ok(()) };
+            ended.set(Some(stop));
+            let (kind, what) = (ErrorKind::Cancelled, "begin the transaction");
+            Err(liveblk_engine::Error::new(kind, what))
         })
     })
 }
 
+async fn begin_all(core: &Core, number: u64, homes: &[CoreId]) -> Result<(), Stop> {
+    for home in homes {
+        let stay =
+            with_steps(core, *home, number, async |_, steps| Ok(steps.iter().all(Step::stays)));
+        if !stay.await.map_err(Stop::Failed)? {
+            return Err(Stop::Moved);
+        }
+    }
+    for home in homes {
+        let begun = with_steps(core, *home, number, async |core, steps| {
+            for step in steps {
+                step.begin_cut(core).await?;
+            }
+            Ok(())
+        });
+        begun.await.map_err(Stop::Failed)?;
+    }
+    Ok(())
+}
+
 /// Runs `work` on the steps that a core has prepared.
-async fn with_steps(
+async fn with_steps<T: Send + 'static>(
     core: &Core,
     home: CoreId,
     number: u64,
-    work: impl AsyncFnOnce(&Core, &mut [Step]) -> Result<()> + Send + 'static,
-) -> Result<()> {
+    work: impl AsyncFnOnce(&Core, &mut [Step]) -> Result<T> + Send + 'static,
+) -> Result<T> {
     let done = core.call(home, move |core| async move {
         let mut steps = Staged::of(&core).take(number);
         let result = work(&core, &mut steps).await;

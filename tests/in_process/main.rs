@@ -25,6 +25,7 @@ mod known_failures;
 mod late_bitmaps;
 #[path = "../layers/mod.rs"]
 mod layers;
+mod moved_starts;
 mod orphan_writes;
 mod raw_sizes;
 mod read_leases;
