@@ -3,6 +3,8 @@
 
 #[path = "model/backups.rs"]
 mod backups;
+#[path = "model/beside.rs"]
+mod beside;
 #[path = "model/bitmaps.rs"]
 mod bitmaps;
 #[path = "model/chains.rs"]
@@ -19,6 +21,8 @@ mod instants;
 mod judge;
 #[path = "model/ledger.rs"]
 mod ledger;
+#[path = "model/mixed.rs"]
+mod mixed;
 #[path = "model/operator.rs"]
 mod operator;
 #[path = "model/pattern.rs"]

@@ -202,6 +202,45 @@ fn a_disk_grows_under_an_active_commit_over_smaller_and_larger_bases() {
     }
 }
 
+/// A run of dirty bytes that ended at the old end, within a granule, was copied again and again.
+#[test]
+fn a_mirror_becomes_ready_when_its_disk_grew_from_the_middle_of_a_granule() {
+    for seed in 0..12 {
+        let mut sim = rig::world(seed);
+        sim.block_on(0, move |core| async move {
+            let chain = Chain::make(&core, &Layer::usual(0), true).await;
+            let d = chain.top();
+            let target = chains::fresh(&core, "target").await;
+            let mut first = content(&d).await;
+            let (log, guest) = (Log::new(), disk(&d));
+            let spec = MirrorSpec {
+                granularity: Some(128 << 10),
+                ..mirror(&d, &target, CopyMode::Background)
+            };
+            start_mirror(spec).await.expect("it starts");
+            for step in 1..=8 {
+                let end = d.size() / SECTOR;
+                log.write(&core, 0, &guest, end - 8, 8, false).await;
+                core.sleep(core.random() % 60_000).await;
+                let size = SIZE + step * 77 * SECTOR;
+                resize(&d, size, Preallocation::Off).await.expect("it grows");
+                first.resize(size as usize, 0);
+                log.write(&core, 0, &guest, end, 8, false).await;
+            }
+            let late = core.sleep(10_000_000_000);
+            let found = liveblk_engine::executor::sync::select(ready(&core), late).await;
+            assert!(
+                matches!(found, liveblk_engine::executor::sync::Either::First(())),
+                "seed {seed}: the mirror copies the same bytes for ever"
+            );
+            JobManager::of(&core).job_verb("j", Verb::Complete).expect("completes");
+            rig::gone(&core, "j").await;
+            let now = log.model(0, &first);
+            assert_eq!(first_difference(&content(&target).await, &now), None, "seed {seed}");
+        });
+    }
+}
+
 #[test]
 fn a_target_that_cannot_grow_is_told_and_nothing_has_changed() {
     let mut refused = 0;

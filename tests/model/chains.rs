@@ -11,8 +11,9 @@ use liveblk::jobs::lifecycle::Verb;
 use liveblk::jobs::{CommitSpec, JobError, StreamSpec, StreamTo, start_commit, start_stream};
 use liveblk::{Job, Status};
 
+use super::beside;
 use super::images::{Chain, Image};
-use super::operator::{gone, is_excused, meddle, options};
+use super::operator::{copy_mode, gone, is_excused, meddle, options};
 use super::world::World;
 
 /// Shortens the chain of disk `index`, if it has one.
@@ -29,7 +30,7 @@ pub(crate) async fn shorten(world: &Rc<World>, index: usize, rng: &mut Rng) {
 }
 
 /// The nodes of disk `index`, base first.
-fn nodes(world: &World, index: usize) -> Vec<Rc<Node>> {
+pub(crate) fn nodes(world: &World, index: usize) -> Vec<Rc<Node>> {
     let mut nodes = vec![world.disks[index].disk.node()];
     while let Some(below) = nodes.last().and_then(|node| node.backing()) {
         nodes.push(below);
@@ -126,6 +127,8 @@ async fn commit_active(world: &Rc<World>, index: usize, chain: &Chain, rng: &mut
     forget(world, chain, base, None);
     let spec = CommitSpec {
         job: options(world),
+        copy_mode: copy_mode(rng),
+        converge: beside::converge(rng),
         ..CommitSpec::new(&nodes[top], &nodes[top], &nodes[base])
     };
     let complete = rng.chance(700);
@@ -136,22 +139,36 @@ async fn commit_active(world: &Rc<World>, index: usize, chain: &Chain, rng: &mut
         Err(error) => return failed(world, index, chain, &error, "an active commit"),
     };
     meddle(world, &job, rng).await;
+    beside::disturb(world, index, &job, &nodes[base], false, rng).await;
+    let other = rng.chance(200).then(|| beside::start(world, index, &job, Rng::new(rng.bits())));
     let jobs = world.host.jobs();
     jobs.until(job.id(), |status| status == Status::Ready || status.is_completed()).await;
     world.core.sleep(rng.below(1_000_000)).await;
+    if other.is_none() {
+        beside::disturb(world, index, &job, &nodes[base], false, rng).await;
+    }
+    let left = other.is_none() && rng.chance(100) && beside::takes_over(world, index, rng).await;
+    // Snapshots may have made new layers meanwhile.
+    let (chain, all) = (world.chain(index), self::nodes(world, index));
     if complete {
-        expect(world, index, &id, &[chain.clone(), new]);
+        if !left {
+            expect(world, index, &id, &[chain.clone(), new]);
+        }
         // Perhaps it failed already.
         let _ = jobs.block_job_verb(job.id(), Verb::Complete, false);
     } else {
         let _ = jobs.block_job_verb(job.id(), Verb::Cancel, rng.chance(500));
     }
-    ended(world, index, &job, chain).await;
+    ended(world, index, &job, &chain).await;
+    if let Some(other) = other {
+        other.await;
+    }
     clean_up(world, index, &nodes).await;
+    clean_up(world, index, &all).await;
 }
 
 /// From now on the disk is in one of `chains`; in the last one as soon as the job says so.
-fn expect(world: &Rc<World>, index: usize, id: &str, chains: &[Chain]) {
+pub(crate) fn expect(world: &Rc<World>, index: usize, id: &str, chains: &[Chain]) {
     *world.disks[index].active.borrow_mut() = chains.to_vec();
     let (weak, new) = (Rc::downgrade(world), chains.last().cloned());
     world.at_success(id, move || {
@@ -169,29 +186,35 @@ async fn perhaps_cancel(world: &Rc<World>, job: &Rc<Job>, rng: &mut Rng) {
     }
 }
 
-async fn ended(world: &Rc<World>, index: usize, job: &Rc<Job>, old: &Chain) {
+pub(crate) async fn ended(world: &Rc<World>, index: usize, job: &Rc<Job>, old: &Chain) {
     let result = gone(world, job).await;
     if let Err(error) = result {
         failed(world, index, old, &error, "a job on a chain");
     }
 }
 
-fn failed(world: &World, index: usize, old: &Chain, error: &JobError, what: &str) {
+pub(crate) fn failed(world: &World, index: usize, old: &Chain, error: &JobError, what: &str) {
     // Another job has a node of this chain as its target or source.
     let conflict = error.to_string().starts_with("Permission conflict");
     // A base that must grow, but cannot say which size its snapshots had,
     // or has no entry that hides what lies below.
     let fixed = ["v2 image which has snapshots", "Failed to zero out new clusters"];
     let fixed = fixed.iter().any(|known| error.to_string().contains(known));
-    let excused =
-        conflict || fixed || matches!(error, JobError::Cancelled) || is_excused(world, error);
+    // An active commit that was called off went on through a snapshot: the layer below that one is
+    // of use to nobody but the chain.
+    let stale = error.to_string().contains("cannot be used any more");
+    let excused = conflict
+        || stale
+        || fixed
+        || matches!(error, JobError::Cancelled)
+        || is_excused(world, error);
     assert!(excused, "{what} failed: {error}");
     *world.disks[index].active.borrow_mut() = vec![old.clone()];
 }
 
 /// What was kept of layers from `base` on means something no longer; with the whole of what goes
 /// down it still does.
-fn forget(world: &World, chain: &Chain, base: usize, top: Option<usize>) {
+pub(crate) fn forget(world: &World, chain: &Chain, base: usize, top: Option<usize>) {
     let has = |chain: &Chain, image: &Rc<Image>| chain.iter().any(|known| Rc::ptr_eq(known, image));
     let stays =
         |kept: &Chain| !has(kept, &chain[base]) || top.is_some_and(|top| has(kept, &chain[top]));
@@ -206,7 +229,7 @@ fn forget(world: &World, chain: &Chain, base: usize, top: Option<usize>) {
 }
 
 /// Closes the nodes that the disk does not need any more.
-async fn clean_up(world: &Rc<World>, index: usize, old: &[Rc<Node>]) {
+pub(crate) async fn clean_up(world: &Rc<World>, index: usize, old: &[Rc<Node>]) {
     let now = nodes(world, index);
     for node in old.iter().rev() {
         let used = now.iter().any(|known| known.id() == node.id());

@@ -3,15 +3,17 @@
 
 use std::rc::Rc;
 
-use liveblk::ErrorKind;
 use liveblk::engine::driver::sim::Rng;
 use liveblk::engine::format::{FormatOptions, InfoValue, Preallocation, SnapshotInfo};
 use liveblk::engine::graph::{NewBacking, Reopen};
 use liveblk::engine::node::{DetectZeroes, Node, NodeOptions};
+use liveblk::jobs;
+use liveblk::{ErrorKind, JobError};
 
 use super::bitmaps;
 use super::images::Image;
 use super::ledger::Window;
+use super::operator::is_excused;
 use super::pattern::BLOCK;
 use super::world::{Internal, World};
 
@@ -46,17 +48,26 @@ pub(crate) async fn grow(world: &Rc<World>, index: usize, rng: &mut Rng) {
     }
     state.ledger.resizing(blocks);
     let from = world.clock.tick();
-    match node.resize(size, Preallocation::Off).await {
+    match jobs::resize(&node, size, Preallocation::Off).await {
         Ok(()) => {
             state.ledger.resized(blocks);
             bitmaps::resized(world, index, Window { from, to: world.clock.tick() });
+            assert_eq!(state.disk.size(), size, "the disk has its new size");
         }
+        Err(error) if is_fixed(&error) => state.ledger.not_resized(),
         Err(error) => {
-            assert!(world.is_planned(&error), "a disk does not grow: {error}");
+            assert!(is_excused(world, &error), "a disk does not grow: {error}");
             state.bitmaps.borrow_mut().clear();
         }
     }
-    assert!(state.disk.size() == size || !world.plan.is_peaceful(), "the disk has its new size");
+}
+
+/// Whether the disk, or the target of a job, cannot grow as it is: an old image that cannot say
+/// which size its snapshots had, or has no entry that hides what lies below.
+fn is_fixed(error: &JobError) -> bool {
+    let text = error.to_string();
+    let below = text.contains("its target") && text.contains("Failed to zero out new clusters");
+    below || text.contains("v2 image which has snapshots")
 }
 
 /// Makes disk `index` smaller, if what its guests do at its end ends.

@@ -58,7 +58,11 @@ fn names(kept: &Kept) -> Vec<&str> {
 fn kept_is_there(sim: &mut Sim, world: &World, kept: &Kept) -> Result<(), String> {
     let mut parts = Vec::new();
     for (disk, chain) in &kept.parts {
-        parts.push((*disk, read_chain(sim, chain)?));
+        let values = read_chain(sim, chain)?;
+        if let Some(blocks) = kept.blocks.filter(|blocks| *blocks != values.len()) {
+            return Err(format!("it has {} blocks, not {blocks}", values.len()));
+        }
+        parts.push((*disk, values));
     }
     one_moment(world, &parts, kept.window)
 }

@@ -150,6 +150,11 @@ impl Ledger {
         *self.sizes.borrow_mut() = vec![len];
     }
 
+    /// The disk did not get another size, for sure.
+    pub(crate) fn not_resized(&self) {
+        *self.sizes.borrow_mut() = vec![self.len.get()];
+    }
+
     /// Whether a write behind `len` blocks was not answered, and never may be.
     pub(crate) fn is_open_behind(&self, len: usize) -> bool {
         let (changes, blocks) = (self.changes.borrow(), self.blocks.borrow());

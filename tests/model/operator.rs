@@ -7,12 +7,13 @@ use liveblk::engine::driver::sim::Rng;
 use liveblk::engine::node::{Node, NodeOptions};
 use liveblk::jobs::lifecycle::Verb;
 use liveblk::jobs::{
-    BackupOptions, BackupSpec, CopyMode, JobError, JobOptions, Kind, MirrorSpec, SyncMode,
-    start_backup, start_mirror,
+    BackupOptions, BackupSpec, CopyMode, JobError, JobOptions, Kind, MirrorOptions, MirrorSpec,
+    SyncMode, start_backup, start_mirror,
 };
 use liveblk::{BackingSource, ErrorKind, Job, Status};
 
 use super::backups;
+use super::beside;
 use super::bitmaps;
 use super::chains;
 use super::changes;
@@ -20,6 +21,7 @@ use super::images::{Chain, Image, Qcow2, open_chain};
 use super::instants;
 use super::judge::{one_moment, read_node};
 use super::ledger::{Tick, Window};
+use super::mixed;
 use super::pattern;
 use super::together;
 use super::world::World;
@@ -62,7 +64,8 @@ pub(crate) async fn run(world: Rc<World>, index: usize, mut rng: Rng) {
 
 async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
     let deep = world.chain(index).len() >= LAYERS_MAX;
-    match rng.below(26) {
+    match rng.below(28) {
+        26 | 27 => mixed::run(world, &[index], rng).await,
         15 | 16 => changes::resize(world, index, rng).await,
         17 => changes::internal(world, index, rng).await,
         18..21 => bitmaps::run(world, index, rng).await,
@@ -81,7 +84,7 @@ async fn alone(world: &Rc<World>, index: usize, rng: &mut Rng) {
 
 /// How a mirror ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
+pub(crate) enum Ending {
     /// The disk moves to the target.
     Complete,
     /// The target stays behind as the copy of that instant.
@@ -232,7 +235,7 @@ pub(crate) async fn meddle(world: &Rc<World>, job: &Rc<Job>, rng: &mut Rng) {
     // The job may be gone before each of these.
     let _ = jobs.set_speed(job.id(), 1 << rng.below(24));
     let _ = jobs.block_job_verb(job.id(), Verb::Pause, false);
-    if job.kind() == Kind::Mirror {
+    if matches!(job.kind(), Kind::Mirror | Kind::Commit) {
         let _ = jobs.change(job.id(), copy_mode(rng));
     }
     world.core.sleep(rng.below(1_000_000)).await;
@@ -301,7 +304,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         copy_mode: copy_mode(rng),
         granularity: rng.chance(500).then(|| 512 << rng.below(9)),
         allow_larger_target: false,
-        more: Default::default(),
+        more: MirrorOptions { converge: beside::converge(rng), ..MirrorOptions::default() },
     };
     let id = spec.job.id.clone();
     let job = match start_mirror(spec).await {
@@ -310,6 +313,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         Err(error) => panic!("a mirror does not start: {error}"),
     };
     meddle(world, &job, rng).await;
+    beside::disturb(world, index, &job, &node, true, rng).await;
     let jobs = world.host.jobs();
     if ending == Ending::Abandon {
         world.core.sleep(rng.below(2_000_000)).await;
@@ -328,6 +332,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
             let _ = jobs.block_job_verb(job.id(), Verb::Resume, false);
         }
         world.core.sleep(rng.below(500_000)).await;
+        beside::disturb(world, index, &job, &node, true, rng).await;
         return end_ready(world, index, &job, &id, target, ending).await;
     }
     match gone(world, &job).await {
@@ -339,7 +344,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
 }
 
 /// Ends a mirror that is ready.
-async fn end_ready(
+pub(crate) async fn end_ready(
     world: &Rc<World>,
     index: usize,
     job: &Rc<Job>,
@@ -358,14 +363,18 @@ async fn end_ready(
     }
     let window = Rc::new(Cell::new(None));
     let (weak, at_event) = (Rc::downgrade(world), Rc::clone(&window));
+    let copy = Rc::clone(&target.node);
     world.at_success(id, move || {
         let Some(world) = weak.upgrade() else { return };
         let window = Window { from, to: world.clock.tick() };
         at_event.set(Some(window));
+        let size = world.disks[index].disk.size();
+        let fits = copy.size() == size || !world.plan.is_peaceful();
+        assert!(fits, "the target has {} bytes, its disk {size}", copy.size());
         if ending == Ending::Complete {
             *world.disks[index].active.borrow_mut() = vec![new];
         } else {
-            world.keep(vec![(index, new)], window);
+            world.keep_of_size((index, new), window, copy.size());
         }
     });
     let verb = world.host.jobs().block_job_verb(id, verb, false);
@@ -383,7 +392,9 @@ async fn end_ready(
         }
         Err(error) => {
             assert!(is_excused(world, &error), "a ready mirror failed: {error}");
-            *state.active.borrow_mut() = old;
+            if ending == Ending::Complete {
+                *state.active.borrow_mut() = old;
+            }
             close(world, &target.node).await;
         }
     }

@@ -13,30 +13,57 @@ use liveblk::jobs::{
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
 use super::ledger::Window;
+use super::mixed;
 use super::operator::{
     COPY, Target, close, gone, is_excused, judge_copy, on_success, opened, options, target,
 };
-use super::pattern;
+use super::pattern::{self, Value};
 use super::world::World;
 
 /// Does something with all disks.
 pub(crate) async fn run(world: &Rc<World>, rng: &mut Rng) {
     let disks: Vec<usize> = (0..world.disks.len()).collect();
-    if rng.chance(500) { snapshots(world, &disks, rng).await } else { backups(world, rng).await }
+    match rng.below(5) {
+        0..2 => snapshots(world, &disks, rng).await,
+        2..4 => backups(world, rng).await,
+        _ => mixed::run(world, &disks, rng).await,
+    }
 }
 
 /// A new layer of one disk.
-struct Layer {
-    disk: usize,
+pub(crate) struct Layer {
+    pub(crate) disk: usize,
     /// The node that will be below it.
     base: Rc<Node>,
     image: Rc<Image>,
     /// The overlay, if it was opened before the command.
-    open: Option<Rc<Node>>,
+    pub(crate) open: Option<Rc<Node>>,
 }
 
 /// Takes snapshots of `disks` at one instant.
 pub(crate) async fn snapshots(world: &Rc<World>, disks: &[usize], rng: &mut Rng) {
+    let Some((layers, old, window)) = take(world, disks, rng, &|_| false).await else { return };
+    let parts = layers.iter().zip(old).map(|(layer, old)| (layer.disk, old)).collect();
+    world.keep(parts, window);
+    judge_bases(world, &layers, window).await;
+}
+
+/// A new layer of `disk` under an active commit: what lies below it means nothing by itself. The
+/// commit may be about to end, or be watched by another job.
+pub(crate) async fn layer(world: &Rc<World>, disk: usize, rng: &mut Rng) {
+    let refused = |error: &JobError| {
+        error.to_string().ends_with("is busy: block device is in use by block job: commit")
+    };
+    take(world, &[disk], rng, &refused).await;
+}
+
+/// Takes snapshots; the layers, the chains before and when it was, unless they are `refused`.
+async fn take(
+    world: &Rc<World>,
+    disks: &[usize],
+    rng: &mut Rng,
+    refused: &dyn Fn(&JobError) -> bool,
+) -> Option<(Vec<Layer>, Vec<Chain>, Window)> {
     let mut layers = Vec::new();
     let mut actions = Vec::new();
     for disk in disks {
@@ -45,39 +72,59 @@ pub(crate) async fn snapshots(world: &Rc<World>, disks: &[usize], rng: &mut Rng)
         actions.push((world.core.id(), action));
     }
     let old: Vec<Chain> = disks.iter().map(|disk| world.chain(*disk)).collect();
-    for (layer, old) in layers.iter().zip(&old) {
-        let mut new = old.clone();
-        new.push(Rc::clone(&layer.image));
-        world.disks[layer.disk].active.borrow_mut().push(new);
-    }
+    expect_layers(world, &layers);
     let from = world.clock.tick();
     let answer = transaction(&world.core, actions, CompletionMode::Individual).await;
     let window = Window { from, to: world.clock.tick() };
-    let done = answer.is_ok();
-    for (layer, old) in layers.iter().zip(&old) {
-        let mut active = world.disks[layer.disk].active.borrow_mut();
-        *active = if done {
-            vec![active.pop().expect("invariant: pushed above")]
-        } else {
-            vec![old.clone()]
-        };
-    }
+    settle_layers(world, &layers, &old, answer.is_ok());
     if let Err(error) = answer {
-        assert!(is_excused(world, &error), "a snapshot failed: {error}");
+        let fits = refused(&error) || is_excused(world, &error);
+        assert!(fits, "a snapshot failed: {error}");
         for node in layers.into_iter().filter_map(|layer| layer.open) {
             close(world, &node).await;
         }
-        return;
+        return None;
     }
-    let created = layers.iter().filter(|layer| layer.open.is_none());
-    world.images.borrow_mut().extend(created.map(|layer| Rc::clone(&layer.image)));
-    let parts = layers.iter().zip(old).map(|(layer, old)| (layer.disk, old)).collect();
-    world.keep(parts, window);
-    judge_bases(world, &layers, window).await;
+    Some((layers, old, window))
+}
+
+/// From now on the disks may be in their new layers.
+pub(crate) fn expect_layers(world: &World, layers: &[Layer]) {
+    for layer in layers {
+        let mut new = world.chain(layer.disk);
+        new.push(Rc::clone(&layer.image));
+        world.disks[layer.disk].active.borrow_mut().push(new);
+    }
+}
+
+/// The disks are in their new layers, or where they were.
+pub(crate) fn settle_layers(world: &World, layers: &[Layer], old: &[Chain], done: bool) {
+    for (layer, old) in layers.iter().zip(old) {
+        let mut active = world.disks[layer.disk].active.borrow_mut();
+        *active = if done {
+            vec![active.pop().expect("invariant: pushed before")]
+        } else {
+            vec![old.clone()]
+        };
+        if done && layer.open.is_none() {
+            world.images.borrow_mut().push(Rc::clone(&layer.image));
+        }
+    }
 }
 
 /// What lies below the new layers is the disks at one moment.
 async fn judge_bases(world: &Rc<World>, layers: &[Layer], window: Window) {
+    let parts = bases(world, layers, window).await;
+    let judged = one_moment(world, &parts, window);
+    judged.unwrap_or_else(|wrong| panic!("a snapshot is wrong: {wrong}"));
+}
+
+/// What lies below the new layers.
+pub(crate) async fn bases(
+    world: &Rc<World>,
+    layers: &[Layer],
+    window: Window,
+) -> Vec<(usize, Vec<Value>)> {
     let mut parts = Vec::new();
     for layer in layers {
         if layer.base.is_writable() {
@@ -90,12 +137,11 @@ async fn judge_bases(world: &Rc<World>, layers: &[Layer], window: Window) {
         let values = pattern::values(&bytes, 0);
         parts.push((layer.disk, values.unwrap_or_else(|wrong| panic!("a base is bad: {wrong}"))));
     }
-    let judged = one_moment(world, &parts, window);
-    judged.unwrap_or_else(|wrong| panic!("a snapshot is wrong: {wrong}"));
+    parts
 }
 
 /// A new layer, made by the command or before it.
-async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Action) {
+pub(crate) async fn prepare(world: &Rc<World>, disk: usize, rng: &mut Rng) -> (Layer, Action) {
     let base = world.disks[disk].disk.node();
     let size = base.size();
     let name = world.name("layer");

@@ -74,6 +74,8 @@ pub(crate) struct DiskPlan {
 pub(crate) struct Kept {
     pub(crate) parts: Vec<(usize, Chain)>,
     pub(crate) window: Window,
+    /// Blocks of each, where that was certain.
+    pub(crate) blocks: Option<usize>,
 }
 
 /// A snapshot inside an image: the disk as it was at one moment within `window`.
@@ -397,11 +399,21 @@ impl World {
 
     /// From now on these disks can be read as of a moment within `window`, also after a cut.
     pub(crate) fn keep(&self, parts: Vec<(usize, Chain)>, window: Window) {
+        self.keep_one(Kept { parts, window, blocks: None });
+    }
+
+    /// The same of one disk, which has `size` bytes.
+    pub(crate) fn keep_of_size(&self, part: (usize, Chain), window: Window, size: u64) {
+        let blocks = usize::try_from(size).expect("invariant: small") / BLOCK;
+        self.keep_one(Kept { parts: vec![part], window, blocks: Some(blocks) });
+    }
+
+    fn keep_one(&self, new: Kept) {
         let mut kept = self.kept.borrow_mut();
         if kept.len() == KEPT_MAX {
             kept.remove(0);
         }
-        kept.push(Kept { parts, window });
+        kept.push(new);
     }
 
     /// Whether the plan explains the error of a job, or of an image that no guest works on.

@@ -150,9 +150,12 @@ impl Copy {
         true
     }
 
-    /// Claims the next dirty run after the cursor that nobody is copying.
+    /// Claims the next dirty run after the cursor that nobody is copying. A run begins and ends at
+    /// granules: before the disk grew, the cursor and regions in flight may have ended at its old
+    /// end, within one, and a bit that no run covers would never be cleared.
     fn next_run(&self) -> Option<Run> {
-        let mut from = self.cursor.get();
+        let granule = self.granularity();
+        let mut from = self.cursor.get() / granule * granule;
         let mut wrapped = from == 0;
         loop {
             let found = self.next_candidate(from);
@@ -169,7 +172,7 @@ impl Copy {
                     GuestRange { len: other.start.since(range.start), ..range }
                 }
                 Some(other) => {
-                    from = other.end().bytes();
+                    from = other.end().bytes().next_multiple_of(granule);
                     continue;
                 }
             };
