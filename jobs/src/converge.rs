@@ -10,8 +10,9 @@
 //!
 //! Rules: (1) a phase is left only for a later one: when the rates of a while say that it is too
 //! late, background also before more than twice the disk would be copied; (2) no write is delayed
-//! longer than half the maximum latency, and copies in flight are bounded by what the target takes
-//! in a quarter of it: the rest is the write's own; (3) delays end at once when the job is ready,
+//! longer than half the maximum latency, and copies in flight, for which it may wait twice, are
+//! bounded by what the target takes in a quarter of it (where two granules are more, delays are
+//! shorter): the rest is the write's own; (3) delays end at once when the job is ready,
 //! stands still, fails, or is told to end; (4) where the job's own speed limit is what takes long,
 //! nobody is delayed for it; (5) a missed deadline is told once, and the job goes on; (6) gates are
 //! closed for no more than the target takes in half the maximum latency, unless a guest keeps
@@ -126,6 +127,10 @@ pub(crate) struct Convergence {
     dirty_rate: Cell<u64>,
     copy_rate: Cell<u64>,
     target_rate: Cell<u64>,
+    /// What was copied, and brought to the target in all, in how many nanoseconds of looking.
+    mean: Cell<(u64, u64, u64)>,
+    /// Nanoseconds that a guest's write may be delayed: what the copies in flight leave.
+    most: Cell<u64>,
     /// Nanoseconds that each guest's write is delayed.
     delay: Cell<u64>,
 }
@@ -173,6 +178,8 @@ impl Convergence {
             dirty_rate: Cell::new(0),
             copy_rate: Cell::new(0),
             target_rate: Cell::new(0),
+            mean: Cell::default(),
+            most: Cell::new(u64::from(wanted.max_latency_us) * 500),
             delay: Cell::new(0),
         })
     }
@@ -197,7 +204,8 @@ impl Convergence {
                 self.look(core.now(), sight)
             };
             if self.phase.get() > Phase::Background {
-                copy.set_window(self.window());
+                let window = copy.set_window(self.window());
+                self.set_most(window);
                 // Not behind all that is in flight already.
                 if !sight.blocking && copy.fits_window() {
                     job.set_copy_mode(CopyMode::WriteBlocking);
@@ -229,7 +237,8 @@ impl Convergence {
     /// `began`: what the target takes in half the maximum latency. It doubles again and again when
     /// the deadline has passed, so that a guest that keeps ahead is cut at last.
     pub(crate) fn little(&self, now: u64, began: u64, granule: u64) -> u64 {
-        let first = bytes_in(self.copy_rate.get(), self.latency_ns / 2);
+        let (copied, _) = self.mean_rates();
+        let first = bytes_in(self.copy_rate.get().min(copied), self.latency_ns / 2);
         let first = first.min(PIVOT_BYTES).max(granule);
         let deadline = self.began.saturating_add(self.deadline_ns);
         let from = if self.met.get() { began } else { began.max(deadline) };
@@ -250,9 +259,29 @@ impl Convergence {
         }
     }
 
+    /// At most `window` bytes of copies are in flight: a write may wait for them twice, for one of
+    /// its own granules and then in the queue of the target.
+    fn set_most(&self, window: u64) {
+        let (_, target) = self.mean_rates();
+        let nanos = u128::from(window) * 2_000_000_000 / u128::from(target.max(1));
+        let left = self.latency_ns.saturating_sub(u64::try_from(nanos).unwrap_or(u64::MAX));
+        self.most.set(left.clamp(self.latency_ns / 8, self.latency_ns / 2));
+        self.delay.set(self.delay.get().min(self.most.get()));
+    }
+
     /// Bytes of copies in flight that a guest's write may have to wait for.
     fn window(&self) -> u64 {
-        bytes_in(self.target_rate.get(), self.latency_ns / 4)
+        let (_, target) = self.mean_rates();
+        bytes_in(self.target_rate.get().min(target), self.latency_ns / 4)
+    }
+
+    /// Bytes per second that were copied, and that reached the target, since the start: a large
+    /// copy that ends between two looks is no quick target.
+    fn mean_rates(&self) -> (u64, u64) {
+        let (copied, reached, nanos) = self.mean.get();
+        let rate =
+            |bytes| u64::try_from(u128::from(bytes) * 1_000_000_000 / u128::from(nanos.max(1)));
+        (rate(copied).unwrap_or(u64::MAX), rate(reached).unwrap_or(u64::MAX))
     }
 
     fn eta_ns(&self, left: u64) -> Option<u64> {
@@ -314,7 +343,7 @@ impl Convergence {
 
     /// Delays double while the copy is late and get shorter by an eighth while it is early.
     fn pace(&self, late: bool, early: bool) {
-        let (most, delay) = (self.latency_ns / 2, self.delay.get());
+        let (most, delay) = (self.most.get(), self.delay.get());
         let least = (most / 16).max(1).min(most);
         if late {
             self.delay.set(delay.saturating_mul(2).clamp(least, most));
@@ -325,7 +354,13 @@ impl Convergence {
 
     fn measure(&self, now: u64, traffic: Traffic) {
         let Some((then, before)) = self.seen.replace(Some((now, traffic))) else { return };
-        let nanos = u128::from(now.saturating_sub(then).max(1));
+        let (copied, reached, looked) = self.mean.get();
+        let more = traffic.copied.saturating_sub(before.copied);
+        let beside = traffic.covered.saturating_sub(before.covered);
+        let passed = now.saturating_sub(then);
+        let reached = reached.saturating_add(more).saturating_add(beside);
+        self.mean.set((copied.saturating_add(more), reached, looked.saturating_add(passed)));
+        let nanos = u128::from(passed.max(1));
         let rate = |now: u64, before: u64| {
             let bytes = u128::from(now.saturating_sub(before));
             u64::try_from(bytes * 1_000_000_000 / nanos).unwrap_or(u64::MAX)

@@ -427,10 +427,11 @@ impl Copy {
     }
 
     /// From now on at most `bytes` of the background loop are in flight, but two small copies
-    /// always.
-    pub(crate) fn set_window(&self, bytes: u64) {
+    /// always; how many those are.
+    pub(crate) fn set_window(&self, bytes: u64) -> u64 {
         let least = self.granularity.saturating_mul(2).min(self.bounds.bytes);
         self.window.set(bytes.clamp(least, self.bounds.bytes));
+        self.window.get()
     }
 
     /// Whether not much more is in flight than the window allows.
