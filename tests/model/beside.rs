@@ -123,6 +123,9 @@ async fn mirror(world: &Rc<World>, index: usize, commit: &Rc<Job>, rng: &mut Rng
         world.core.sleep(1_000).await;
     }
     jobs.until(job.id(), |status| status == Status::Ready || status.is_completed()).await;
+    if job.status() == Status::Ready && ending == Ending::Complete {
+        return take(world, index, &job, target).await;
+    }
     if job.status() == Status::Ready {
         let id = job.id().to_string();
         return end_ready(world, index, &job, &id, target, ending).await;
@@ -148,7 +151,7 @@ pub(crate) async fn takes_over(world: &Rc<World>, index: usize, rng: &mut Rng) -
     world.disks[index].disk.node().id() == node.id()
 }
 
-/// Completes a mirror whose source another job holds: that one closes it.
+/// Completes a mirror whose source another job holds: who started that one closes it.
 async fn take(world: &Rc<World>, index: usize, job: &Rc<Job>, target: Target) {
     let state = &world.disks[index];
     let (old, new) = (state.active.borrow().clone(), target.chain.clone());
