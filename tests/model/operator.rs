@@ -354,6 +354,7 @@ pub(crate) async fn end_ready(
 ) {
     let state = &world.disks[index];
     let source = state.disk.node();
+    let nodes = chains::nodes(world, index);
     let old = state.active.borrow().clone();
     let new = target.chain.clone();
     let from: Tick = world.clock.tick();
@@ -385,6 +386,8 @@ pub(crate) async fn end_ready(
         Ok(()) if ending == Ending::Complete => {
             assert_eq!(state.disk.node().id(), target.node.id(), "the disk moved to the target");
             close(world, &source).await;
+            // Snapshots left layers below it that have no other user.
+            chains::clean_up(world, index, &nodes).await;
         }
         Ok(()) => {
             judge_copy(world, index, &target.node, window.get(), "mirror").await;

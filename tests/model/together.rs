@@ -10,6 +10,7 @@ use liveblk::jobs::{
     transaction,
 };
 
+use super::bitmaps;
 use super::images::{Chain, Image, Qcow2, open_chain};
 use super::judge::{one_moment, read_node};
 use super::ledger::Window;
@@ -42,7 +43,10 @@ pub(crate) struct Layer {
 
 /// Takes snapshots of `disks` at one instant.
 pub(crate) async fn snapshots(world: &Rc<World>, disks: &[usize], rng: &mut Rng) {
-    let Some((layers, old, window)) = take(world, disks, rng, &|_| false).await else { return };
+    // A mirror that has failed as planned is still there until it has ended.
+    let peaceful = world.plan.is_peaceful();
+    let refused = |error: &JobError| !peaceful && error.to_string().ends_with("job: mirror");
+    let Some((layers, old, window)) = take(world, disks, rng, &refused).await else { return };
     let parts = layers.iter().zip(old).map(|(layer, old)| (layer.disk, old)).collect();
     world.keep(parts, window);
     judge_bases(world, &layers, window).await;
@@ -85,6 +89,8 @@ async fn take(
         }
         return None;
     }
+    // Bitmaps stayed where they were, or went along, before anything else happens to the disks.
+    disks.iter().for_each(|disk| bitmaps::settle(world, *disk, window.from));
     Some((layers, old, window))
 }
 
