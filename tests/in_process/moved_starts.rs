@@ -55,7 +55,7 @@ fn backup(source: &str, target: &str) -> Action {
     })
 }
 
-/// Takes the snapshot when job `j` is prepared, and a little later. Whether the job had not started,
+/// Takes the snapshot when job `j` is prepared, and a little later. Whether the job had not begun,
 /// and whether it was taken: a commit that is being prepared may have the chain for itself.
 async fn snapshot_when_prepared(core: Core, delay: u64) -> (bool, bool) {
     let manager = JobManager::of(&core);

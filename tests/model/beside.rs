@@ -34,12 +34,11 @@ pub(crate) fn converge(rng: &mut Rng) -> Option<Converge> {
     })
 }
 
-/// The disk of `job`, a mirror or an active commit into `target`, grows under it or gets a new
+/// The disk of a job, a mirror or an active commit into `target`, grows under it or gets a new
 /// layer. `keeps`: what lies below the new layer stays as it was then.
 pub(crate) async fn disturb(
     world: &Rc<World>,
     index: usize,
-    job: &Rc<Job>,
     target: &Rc<Node>,
     keeps: bool,
     rng: &mut Rng,
