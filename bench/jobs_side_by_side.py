@@ -9,11 +9,13 @@ written, incompressible) and with a tenth of the clusters written. Figures: MB/s
 CPU seconds of the daemon per GiB of written data, peak memory. A mirror and an active commit are
 timed to READY. The rows `beside a guest` run fio (4k random writes, queue depth 8) through NBD on
 the disk from before the start of the job until it is over, at most --seconds: IOPS and latencies
-of the guest while the job runs. Every result without a guest is compared with its source.
+of the guest while the job runs; beside a stream it writes the first eighth only, so that something
+is left to stream. Every result without a guest is compared with its source.
 The row `converge` is a background mirror under such a guest, ours with the policy of that name,
 whose deadline is --patience times one pass without a guest: time to READY in such passes, bytes
 copied (guests' own writes to the target included) in sizes of the disk, and whether it became
-READY at all within --seconds.
+READY at all within --seconds. With `guest` in --rows come, in the same run, the guest without any
+job and, until READY, ours as a mirror without the policy: what a longest write is worth.
 The rows `reflink` (only if asked for; root) run on XFS in a file on tmpfs, on a loop device:
 backups of ours with `use-copy-range`, against the peer with it and without. Everything is on the
 file system's disk before a job starts. The figure `shared` is what of the result lies in blocks of
@@ -221,11 +223,13 @@ def reflink_rows(options, size):
         shutil.rmtree(place)
 
 
-def beside(program, folder, kind, driver, image, size, seconds, rt):
+def beside(program, folder, kind, driver, image, size, options):
     """What a guest gets while the job runs, and for how long it ran."""
-    setting = Setting(program, folder, kind, driver, image, size, rt)
-    daemon = setting.daemon
-    guest = start_guest(daemon, size, seconds, rt)
+    setting = Setting(program, folder, kind, driver, image, size, options.rt)
+    daemon, seconds = setting.daemon, options.seconds
+    # random writes all over an overlay leave nothing to stream before the job begins
+    part = size // 8 if kind == "stream" else size
+    guest = start_guest(daemon, part, options)
     setting.start()
     began = time.monotonic()
     # the peer may answer late while the guest writes: the guest's own clock ends it
@@ -243,13 +247,22 @@ def beside(program, folder, kind, driver, image, size, seconds, rt):
     return figures | {"job s": took}
 
 
-def start_guest(daemon, size, seconds, rt):
+def undisturbed(program, folder, driver, image, size, options):
+    """What a guest gets without any job."""
+    setting = Setting(program, folder, "mirror", driver, image, size, options.rt)
+    figures = guest_figures(start_guest(setting.daemon, size, options))
+    setting.end(compare=False)
+    return figures
+
+
+def start_guest(daemon, size, options):
     """Writes 4k at random places as fast as it can; returns when it has begun."""
     daemon.command("block-export-add", type="nbd", id="e", node_name="s", name="n", writable=True)
-    command = ["taskset", "-c", "1"] + (["chrt", "-r", "1"] if rt else [])
+    command = ["taskset", "-c", "1"] + (["chrt", "-r", "1"] if options.rt else [])
     command += ["fio", "--name=x", "--ioengine=nbd", f"--uri=nbd+unix:///n?socket="
                 f"{daemon.nbd_path}", "--output-format=json", "--rw=randwrite", "--bs=4k",
-                "--iodepth=8", "--time_based", "--ramp_time=1", f"--runtime={seconds}",
+                f"--iodepth={options.depth}", "--time_based", "--ramp_time=1",
+                f"--runtime={options.seconds}",
                 f"--size={size}"]
     guest = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     # what came before the job does not count
@@ -268,7 +281,7 @@ def guest_figures(guest):
             "guest max ms": side["clat_ns"]["max"] / 1e6}
 
 
-def converge(program, folder, driver, image, size, options):
+def converge(program, folder, driver, image, size, options, policy=True):
     """How a mirror becomes ready under a guest, in passes without one and in sizes of the disk."""
     setting = Setting(program, folder, "mirror", driver, image, size, options.rt)
     start = time.monotonic()
@@ -279,12 +292,12 @@ def converge(program, folder, driver, image, size, options):
 
     setting = Setting(program, folder, "mirror", driver, image, size, options.rt)
     daemon = setting.daemon
-    guest = start_guest(daemon, size, options.seconds, options.rt)
+    guest = start_guest(daemon, size, options)
     daemon.socket.settimeout(options.seconds + 30)
-    policy = {"deadline-ms": max(1, int(idle * options.patience * 1000)),
+    bounds = {"deadline-ms": max(1, int(idle * options.patience * 1000)),
               "max-latency-us": options.latency}
     start, found, ready = time.time(), 0, None
-    setting.start(**({"converge": policy} if program == options.ours else {}))
+    setting.start(**({"converge": bounds} if policy and program == options.ours else {}))
     while guest.poll() is None and not ready:
         jobs = daemon.command("query-block-jobs")
         found = jobs[0]["offset"] if jobs else found
@@ -316,6 +329,7 @@ def main():
     parser.add_argument("--seconds", type=int, default=5, help="longest time beside a guest")
     parser.add_argument("--patience", type=float, default=2.5, help="deadline of converge")
     parser.add_argument("--latency", type=int, default=20000, help="us that converge may add")
+    parser.add_argument("--depth", type=int, default=8, help="requests of the guest in flight")
     parser.add_argument("--rt", action="store_true")
     options = parser.parse_args()
     if options.rows == "reflink":
@@ -339,8 +353,16 @@ def main():
             for driver in options.drivers.split(","):
                 image = (full_image if fill == "dense" else sparse_image)(folder, driver, size)
                 written = size if fill == "dense" else size // CLUSTER // 10 * CLUSTER
+                guest = f"{driver}, 4k random writes QD{options.depth}"
+                if "guest" in options.rows and fill == "dense":
+                    compare(f"no job {guest}",
+                            lambda program: undisturbed(program, folder, driver, image, size,
+                                                        options), options.pairs)
+                    compare(f"mirror {guest}",
+                            lambda program: converge(program, folder, driver, image, size,
+                                                     options, policy=False), options.pairs)
                 if "converge" in options.rows and fill == "dense":
-                    compare(f"converge {driver}, 4k random writes QD8",
+                    compare(f"converge {guest}",
                             lambda program: converge(program, folder, driver, image, size,
                                                      options), options.pairs)
                 for kind in options.kinds.split(","):
@@ -351,7 +373,7 @@ def main():
                     if "beside" in options.rows and fill == "dense":
                         compare(f"{kind} {driver} beside a guest",
                                 lambda program: beside(program, folder, kind, driver, image, size,
-                                                       options.seconds, options.rt),
+                                                       options),
                                 options.pairs)
             for name in os.listdir(folder):
                 if name.startswith(("full.", "sparse.")):
