@@ -108,6 +108,7 @@ impl IntoBase {
     /// Makes the base large enough and finds out what is to be copied.
     async fn plan(&self, copy: &Rc<Copy>, slot: &HookSlot, idle: Vec<Rc<Node>>) -> Result<()> {
         let shape = copy.hold_shape().await;
+        copy.check()?;
         let nodes = self.nodes.borrow().clone();
         begin(&Lot { nodes, idle }).await?;
         drop(shape);

@@ -333,7 +333,7 @@ impl JobManager {
             // What moves guests comes last: nothing can fail after it.
             let (movers, others): (Vec<_>, Vec<_>) =
                 txn.members().into_iter().partition(|job| job.has_pivot());
-            if !manager.take_last_steps(others).await {
+            if !manager.take_last_steps(others).await || !txn.is_pending() {
                 return;
             }
             let pivots = movers.iter().filter_map(|job| Some((Rc::clone(job), job.take_pivot()?)));
@@ -345,7 +345,8 @@ impl JobManager {
                 return;
             }
             drop(pivots);
-            if manager.take_last_steps(movers).await {
+            // A cancel may have come before any of it: who is over has no steps.
+            if manager.take_last_steps(movers).await && txn.is_pending() {
                 manager.end_well(&txn);
             }
         }));

@@ -107,6 +107,8 @@ fn bounds(buf_size: u64, granularity: u64) -> Bounds {
 /// Finds out what is to be copied of `source`, where the guests were at the start.
 async fn plan(copy: &Rc<Copy>, source: &Rc<Node>, spec: &MirrorSpec) -> Result<()> {
     let shape = copy.hold_shape().await;
+    // A job that failed while its disk grew has a target of another size, which is not why.
+    copy.check()?;
     let (size, target) = (copy.source().size(), spec.target.size());
     let fits = target == size || (spec.allow_larger_target && target > size);
     if !fits {

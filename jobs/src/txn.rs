@@ -51,6 +51,11 @@ impl JobTxn {
         self.members().iter().all(|job| job.status().is_completed())
     }
 
+    /// Whether the results of all members can still become effective.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.members().iter().all(|job| job.status() == Status::Pending)
+    }
+
     /// Whether a member waits for job-finalize.
     pub(crate) fn needs_finalize(&self) -> bool {
         self.members()

@@ -34,12 +34,12 @@ pub(crate) fn converge(rng: &mut Rng) -> Option<Converge> {
     })
 }
 
-/// The disk of a job, a mirror or an active commit into `target`, grows under it or gets a new
+/// The disk of `job`, a mirror or an active commit into `target`, grows under it or gets a new
 /// layer. `keeps`: what lies below the new layer stays as it was then.
 pub(crate) async fn disturb(
     world: &Rc<World>,
     index: usize,
-    target: &Rc<Node>,
+    (job, target): (&Rc<Job>, &Rc<Node>),
     keeps: bool,
     rng: &mut Rng,
 ) {
@@ -48,8 +48,9 @@ pub(crate) async fn disturb(
             let from = world.disks[index].disk.size();
             changes::grow(world, index, rng).await;
             let sizes = (target.size(), world.disks[index].disk.size());
-            // A job that failed as planned is not followed any more.
-            let follows = sizes.1 > from && world.plan.is_peaceful();
+            // A job that is over does not follow any more.
+            let lives = job.status() < Status::Waiting;
+            let follows = sizes.1 > from && lives && world.plan.is_peaceful();
             assert!(!follows || sizes.0 >= sizes.1, "a target did not grow: {sizes:?}");
         }
         2..4 if keeps => together::snapshots(world, &[index], rng).await,

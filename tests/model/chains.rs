@@ -139,13 +139,13 @@ async fn commit_active(world: &Rc<World>, index: usize, chain: &Chain, rng: &mut
         Err(error) => return failed(world, index, chain, &error, "an active commit"),
     };
     meddle(world, &job, rng).await;
-    beside::disturb(world, index, &nodes[base], false, rng).await;
+    beside::disturb(world, index, (&job, &nodes[base]), false, rng).await;
     let other = rng.chance(200).then(|| beside::start(world, index, &job, Rng::new(rng.bits())));
     let jobs = world.host.jobs();
     jobs.until(job.id(), |status| status == Status::Ready || status.is_completed()).await;
     world.core.sleep(rng.below(1_000_000)).await;
     if other.is_none() {
-        beside::disturb(world, index, &nodes[base], false, rng).await;
+        beside::disturb(world, index, (&job, &nodes[base]), false, rng).await;
     }
     let left = other.is_none() && rng.chance(100) && beside::takes_over(world, index, rng).await;
     // Snapshots may have made new layers meanwhile.

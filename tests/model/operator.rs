@@ -313,7 +313,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
         Err(error) => panic!("a mirror does not start: {error}"),
     };
     meddle(world, &job, rng).await;
-    beside::disturb(world, index, &node, true, rng).await;
+    beside::disturb(world, index, (&job, &node), true, rng).await;
     let jobs = world.host.jobs();
     if ending == Ending::Abandon {
         world.core.sleep(rng.below(2_000_000)).await;
@@ -332,7 +332,7 @@ async fn mirror(world: &Rc<World>, index: usize, rng: &mut Rng, ending: Ending) 
             let _ = jobs.block_job_verb(job.id(), Verb::Resume, false);
         }
         world.core.sleep(rng.below(500_000)).await;
-        beside::disturb(world, index, &node, true, rng).await;
+        beside::disturb(world, index, (&job, &node), true, rng).await;
         return end_ready(world, index, &job, &id, target, ending).await;
     }
     match gone(world, &job).await {
