@@ -174,3 +174,47 @@ fn a_backup_of_a_group_that_fails_ends_the_mirror_beside_it() {
     assert!(events.has("COMPLETED No space left on device"), "{words:?}");
     assert!(events.has("CANCELLED"), "{words:?}");
 }
+
+#[test]
+fn a_cancel_at_any_moment_of_a_finalize_moves_all_guests_or_none() {
+    let mut moved = 0;
+    for delay in 0..40 {
+        let mut sim = world(900 + delay);
+        let first = files(&sim);
+        let words = sim.block_on(0, |core| async move {
+            let events = Events::of(&core);
+            let disks = disks(&core).await;
+            let log = Log::new();
+            let guests = [log.guests(&core, 0, &disks[0], 1), log.guests(&core, 1, &disks[1], 1)];
+            start(&core, vec![mirror(0, true), mirror(1, true)]).await;
+            let manager = JobManager::of(&core);
+            for id in ["j0", "j1"] {
+                until(&core, id, Status::Ready).await;
+                manager.block_job_verb(id, Verb::Complete, false).expect("completes");
+            }
+            until(&core, "j1", Status::Pending).await;
+            manager.job_verb("j0", Verb::Finalize).expect("finalizes both");
+            if delay > 0 {
+                core.sleep(delay * delay * 2_000).await;
+            }
+            // Perhaps they have ended.
+            let _ = manager.block_job_verb("j1", Verb::Cancel, true);
+            for id in ["j0", "j1"] {
+                gone(&core, id).await;
+            }
+            guests.into_iter().next().expect("two").stop().await;
+            assert_eq!(log.failures.get(), 0);
+            let at: Vec<_> = disks.iter().map(|disk| disk.node_name().to_string()).collect();
+            let all = events.has("COMPLETED");
+            let wanted = if all { ["t0", "t1"] } else { ["d0", "d1"] };
+            assert_eq!(at, wanted, "delay {delay}: {:?}", events.words());
+            let bytes = content(&Graph::of(&core).find(wanted[0]).expect("there")).await;
+            assert_eq!(first_difference(&bytes, &log.model(0, &first)), None);
+            events.words()
+        });
+        let ends = words.iter().filter(|word| *word == "null").count();
+        assert_eq!(ends, 2, "each job ends once: {words:?}");
+        moved += u32::from(words.iter().any(|word| word == "COMPLETED"));
+    }
+    assert!((1..40).contains(&moved), "one of the two ends was never met: {moved}");
+}
