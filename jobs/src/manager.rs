@@ -325,6 +325,10 @@ impl JobManager {
 
     /// Makes the results effective, if that is still to be done, and ends the jobs.
     fn finalize(&self, txn: &Rc<JobTxn>) {
+        if !txn.begin_finalize() {
+            // Two of its jobs were told to; the results become effective once.
+            return;
+        }
         if !txn.members().iter().any(|job| job.has_last_step()) {
             return self.end_well(txn);
         }

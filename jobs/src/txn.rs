@@ -15,6 +15,7 @@ use crate::lifecycle::Status;
 pub struct JobTxn {
     jobs: RefCell<Vec<Weak<Job>>>,
     aborting: Cell<bool>,
+    finalizing: Cell<bool>,
 }
 
 impl JobTxn {
@@ -44,6 +45,11 @@ impl JobTxn {
     /// Marks the transaction as failing; true the first time.
     pub(crate) fn begin_abort(&self) -> bool {
         !self.aborting.replace(true)
+    }
+
+    /// Marks the transaction as being finalized; true the first time.
+    pub(crate) fn begin_finalize(&self) -> bool {
+        !self.finalizing.replace(true)
     }
 
     /// Whether the work of all members is over.
